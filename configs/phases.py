@@ -1,0 +1,78 @@
+"""The phases a run will really train: the schedule under its caps, and the checks that need model and data."""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from configs.schema import ConfigError, PhaseConfig, build
+
+
+def effective_phases(cfg: DictConfig) -> list[PhaseConfig]:
+    """The phases of `cfg.schedule` with `cap` laid over them; a shortened phase keeps its share of warm-up."""
+    cap = cfg.schedule.cap
+    phases = []
+    for node in cfg.schedule.phases:
+        phase = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PhaseConfig), node))
+        steps = _capped(phase.steps, cap.steps)
+        phase.warmup_steps = phase.warmup_steps * steps // phase.steps
+        phase.steps = steps
+        phase.seq_len = _capped(phase.seq_len, cap.seq_len)
+        phase.batch_size = _capped(phase.batch_size, cap.batch_size)
+        if "window" in phase.attention:
+            phase.attention["window"] = cap_window(phase.attention["window"], cap.window)
+        phases.append(phase)
+    return phases
+
+
+def cap_window(window: Any, limit: int | None) -> Any:
+    """Every entry of a window option (an int, a list a layer, a list a head in it) cut to `limit`."""
+    if isinstance(window, list):
+        return [cap_window(entry, limit) for entry in window]
+    return _capped(window, limit)
+
+
+def build_model(cfg: DictConfig):
+    """The model of a run, its window under `schedule.cap.window` too."""
+    node = OmegaConf.to_container(cfg.model, resolve=True)
+    attention = node.get("attention")
+    if isinstance(attention, dict) and "window" in attention:
+        attention["window"] = cap_window(attention["window"], cfg.schedule.cap.window)
+    return build(node, "model")
+
+
+def set_phase_attention(model, phases: list[PhaseConfig], index: int) -> None:
+    """Give a model the attention options of one phase; ConfigError names the phase."""
+    if phases[index].attention:
+        try:
+            model.set_attention(**phases[index].attention)
+        except ValueError as error:
+            raise ConfigError(f"schedule.phases.{index}.attention: {error}") from None
+
+
+def phase_patterns(cfg: DictConfig, phases: list[PhaseConfig]) -> list[list]:
+    """The attention pattern of every layer in every phase, from a model that holds no weights."""
+    with torch.device("meta"):
+        model = build_model(cfg)
+        patterns = []
+        for index in range(len(phases)):
+            set_phase_attention(model, phases, index)
+            patterns.append(model.attention_patterns())
+    return patterns
+
+
+def check_lengths(phases: list[PhaseConfig], max_seq_len: int, world_size: int) -> None:
+    """ConfigError for a phase whose sequences the training split cannot fill, or that processes cannot share evenly."""
+    for index, phase in enumerate(phases):
+        where = f"schedule.phases.{index}"
+        if phase.seq_len > max_seq_len:
+            raise ConfigError(
+                f"{where}.seq_len is {phase.seq_len}, the training split allows at most {max_seq_len}: "
+                "shorten the phase or give more data"
+            )
+        if phase.batch_size % world_size:
+            raise ConfigError(f"{where}.batch_size {phase.batch_size} cannot be shared by {world_size} processes")
+
+
+def _capped(value, limit):
+    return value if limit is None else min(value, limit)

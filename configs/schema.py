@@ -1,0 +1,209 @@
+"""The typed run configuration, and `build()`, the only place where a configuration names code."""
+
+import importlib
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+class ConfigError(Exception):
+    """A configuration the user must change: one paragraph naming key, value, limit and the nearest valid choice."""
+
+    exit_code = 2
+
+
+@dataclass
+class DataConfig:
+    """Where raw data comes from. `path`: a local file instead of a download."""
+
+    path: str | None = None
+    cache_dir: str = "~/.cache/longspan"
+    workers: int = 0
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer of all phases; the learning rate is the phase's. Muon takes the matrices, AdamW all else."""
+
+    name: str = "adamw"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 0.25
+    muon_lr_ratio: float = 1.0
+
+
+@dataclass
+class PhaseConfig:
+    """One phase of the schedule. `batch_size` counts sequences over all processes; `attention` goes to the model."""
+
+    seq_len: int = MISSING
+    batch_size: int = MISSING
+    steps: int = MISSING
+    lr: float = MISSING
+    warmup_steps: int = 0
+    decay: str = "constant"
+    final_lr_ratio: float = 0.0
+    reset_optimizer: bool = False
+    attention: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CapConfig:
+    """Upper limits laid over every phase, so that one file shrinks any experiment."""
+
+    steps: int | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    window: int | None = None
+
+
+@dataclass
+class ScheduleConfig:
+    """Phases in order, and the tokens one forward pass may hold (the rest of a batch is accumulated)."""
+
+    phases: list[PhaseConfig] = MISSING
+    micro_batch_tokens: int | None = None
+    cap: CapConfig = field(default_factory=CapConfig)
+
+
+@dataclass
+class TrainConfig:
+    """Intervals of the loop, in steps."""
+
+    log_every: int = 10
+    eval_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+
+@dataclass
+class EvalConfig:
+    """The paper's protocol: windows of `context` characters, `stride` apart, the last `stride` scored.
+
+    `share` is the part of the split that is scored, from its start; `valid_share` the same for evaluation in training.
+    """
+
+    context: int = 32_256
+    stride: int = 512
+    share: float = 1.0
+    valid_share: float = 0.1
+    batch_tokens: int = 65_536
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases: `offline` needs no account, `online` does, `disabled` writes nothing."""
+
+    mode: str = "offline"
+    project: str = "longspan"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    init_timeout: int = 10
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = True
+
+
+@dataclass
+class RunConfig:
+    """One run. `model` and `task` are open nodes: the constructor that `_target_` names is their schema."""
+
+    model: dict[str, Any] = MISSING
+    task: dict[str, Any] = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    experiment_name: str = "default"
+    run_dir: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    num_threads: int | None = None
+    compile: bool = False
+
+
+@dataclass
+class EvaluateDataConfig:
+    """Where `eval.py` finds the data; what is null is as it was in the run."""
+
+    path: str | None = None
+    cache_dir: str | None = None
+    workers: int | None = None
+
+
+@dataclass
+class EvaluateConfig:
+    """What `eval.py` takes; settings left null come from the run."""
+
+    run_dir: str | None = None
+    split: str = "test"
+    device: str = "auto"
+    num_threads: int | None = None
+    context: int | None = None
+    stride: int | None = None
+    share: float | None = None
+    batch_tokens: int | None = None
+    data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
+
+
+def register() -> None:
+    """Put the schemas where the defaults lists of train.yaml and eval.yaml find them."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+
+
+# module prefixes whose classes a configuration may name; anything else would let a shared config run code
+BUILDABLE = ("models.", "tasks.")
+
+
+def target_class(node: DictConfig | dict, where: str) -> type:
+    """The class a node's `_target_` names; ConfigError unless it is defined under `models.` or `tasks.`."""
+    target = node.get("_target_")
+    if not isinstance(target, str):
+        raise ConfigError(f"{where}._target_ is {target!r}, it must name a class under models. or tasks.")
+    module_name, _, class_name = target.rpartition(".")
+    if not target.startswith(BUILDABLE):
+        raise ConfigError(f"{where}._target_ is {target}: only classes under models. and tasks. can be built")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{where}._target_ is {target}: {error}") from None
+    # checked on the resolved object: an alias imported into one of our modules is not ours
+    if not inspect.isclass(found) or not found.__module__.startswith(BUILDABLE):
+        raise ConfigError(f"{where}._target_ is {target}, which is no class defined under models. or tasks.")
+    return found
+
+
+def build(node: DictConfig | dict, where: str = "config", **runtime) -> Any:
+    """Construct the class a node names, nested nodes first; `_partial_: true` gives a callable instead.
+
+    Options are plain Python values, no configuration object travels further. `runtime` adds arguments that no
+    configuration holds. Raises ConfigError for a target that is not ours and for a value the constructor refuses.
+    """
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node, resolve=True)
+    cls = target_class(node, where)
+    options = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+    for key, value in options.items():
+        if isinstance(value, dict) and "_target_" in value:
+            options[key] = build(value, f"{where}.{key}")
+    if node.get("_partial_"):
+        return lambda *args, **late: cls(*args, **options, **late)
+    try:
+        return cls(**options, **runtime)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error

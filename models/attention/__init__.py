@@ -1,0 +1,1 @@
+"""Attention mechanisms as modules: projections, positions and one kernel call each."""

@@ -1,0 +1,76 @@
+"""Longformer's sliding-window self-attention as a module (arXiv 2004.05150, section 3.1)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from kernels.window_attention import WindowPattern, window_attention
+from models.attention.options import layer_option, refuse_unknown
+
+
+class SlidingWindowAttention(nn.Module):
+    """Multi-head attention over a dilated window, without biases: [B, T, M] -> [B, T, M].
+
+    Args:
+        dim: width M; num_heads must divide it.
+        layer, num_layers: this layer's index and the depth of the model, to pick its entry of `window`, `dilation`.
+        position: module that turns (query, key, pattern) into what the kernel needs, see `models.positions`.
+        window: keys on each side of a query, itself excluded, in steps of `dilation`: an int, or one entry a layer,
+            each an int or one int a head.
+        dilation: distance between neighbouring keys, in the same forms.
+        causal: whether a query sees keys to its right.
+        impl: path of `kernels.window_attention.window_attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        layer: int,
+        *,
+        num_layers: int,
+        position: nn.Module,
+        causal: bool,
+        window: int | Sequence,
+        dilation: int | Sequence = 1,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        self.layer, self.num_layers, self.num_heads = layer, num_layers, num_heads
+        self.causal, self.impl = causal, impl
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.position = position
+        self.options = {"window": window, "dilation": dilation}
+        self.set_options()
+
+    def set_options(self, **options) -> None:
+        """Change `window`, `dilation`, in the forms of the constructor; the others stay. ValueError names a bad one."""
+        refuse_unknown(options, self.options)
+        merged = self.options | options
+        place = {"layer": self.layer, "num_layers": self.num_layers}
+        entries = {name: layer_option(value, name, **place) for name, value in merged.items()}
+        try:
+            self.pattern = WindowPattern.of(**entries, num_heads=self.num_heads, causal=self.causal)
+        except ValueError as error:
+            raise ValueError(f"layer {self.layer}: {error}") from None
+        self.options = merged
+
+    def forward(self, x: torch.Tensor, *, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """x [B, T, M], valid [B, T] bool (True = real) -> [B, T, M]."""
+        batch, seq_len, dim = x.shape
+        query, key, value = self.qkv(x).view(batch, seq_len, 3, self.num_heads, -1).unbind(2)  # [B, T, H, D]
+        query, key, terms = self.position(query, key, self.pattern)
+        out = window_attention(
+            query,
+            key,
+            value,
+            window=self.pattern.window,
+            dilation=self.pattern.dilation,
+            causal=self.causal,
+            valid=valid,
+            impl=self.impl,
+            **terms,
+        )
+        return self.out(out.reshape(batch, seq_len, dim))

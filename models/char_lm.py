@@ -1,0 +1,100 @@
+"""Causal character model over bytes, after Longformer's (arXiv 2004.05150, section 4 and appendix B)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.window_attention import WindowPattern
+from models.layers import Block, init_weights
+from models.positions import RelativePositions, RotaryPositions, SharedBiases
+
+
+class CharLM(nn.Module):
+    """Decoder with pre-LayerNorm, GELU and tied embeddings; forward gives next-character logits.
+
+    Args:
+        attention: called as attention(dim, num_heads, layer, num_layers=, position=, causal=True) once a layer.
+        vocab_size: 256 for raw bytes.
+        positions: "rotary", or "relative" for Transformer-XL's sinusoids, which the paper used.
+        mlp_ratio: width of the feed-forward layer over `dim`.
+        dropout: after the embedding, the attention output, inside and after the feed-forward layer, before the logits.
+        checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        *,
+        attention: Callable[..., nn.Module],
+        vocab_size: int = 256,
+        dim: int = 512,
+        num_layers: int = 12,
+        num_heads: int = 8,
+        mlp_ratio: int = 4,
+        dropout: float = 0.0,
+        positions: str = "rotary",
+        checkpoint_activations: bool = False,
+    ):
+        super().__init__()
+        for name, value in {"dim": dim, "num_layers": num_layers, "num_heads": num_heads}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}, it must be at least 1")
+        if dim % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide dim {dim}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout}, it must be at least 0 and below 1")
+        make_position = _position_maker(positions, dim, num_heads, dropout)
+        self.checkpoint_activations = checkpoint_activations
+        self.embed = nn.Embedding(vocab_size, dim)
+        self.blocks = nn.ModuleList(
+            Block(
+                attention(dim, num_heads, layer, num_layers=num_layers, position=make_position(), causal=True),
+                dim,
+                mlp_ratio * dim,
+                dropout,
+            )
+            for layer in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.output_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.apply(init_weights)
+
+    def forward(self, input_ids: torch.Tensor, *, cache=None, document_start=None) -> torch.Tensor:
+        """input_ids [B, T] int -> logits [B, T, V]; the logits at t predict character t + 1."""
+        for name, argument in {"cache": cache, "document_start": document_start}.items():
+            if argument is not None:
+                raise NotImplementedError(f"CharLM.forward: the argument {name} is not implemented yet")
+        x = self.dropout(self.embed(input_ids) * self.embed.embedding_dim**0.5)  # [B, T, M]
+        for block in self.blocks:
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return F.linear(self.dropout(self.norm(x)), self.embed.weight, self.output_bias)
+
+    def set_attention(self, **options) -> None:
+        """Change attention options of every layer, as between the phases of a schedule; ValueError names a bad one."""
+        for block in self.blocks:
+            block.attention.set_options(**options)
+
+    def attention_patterns(self) -> list[WindowPattern]:
+        """The pattern of each layer, from the bottom."""
+        return [block.attention.pattern for block in self.blocks]
+
+    @property
+    def receptive_field(self) -> int:
+        """Characters before a position that its logits can depend on: the reaches of the layers added up."""
+        return sum(pattern.reach for pattern in self.attention_patterns())
+
+
+def _position_maker(positions, dim, num_heads, dropout):
+    """A function that makes one layer's position module."""
+    if positions == "rotary":
+        return lambda: RotaryPositions(dim, num_heads)
+    if positions == "relative":
+        biases = SharedBiases(dim, num_heads)
+        return lambda: RelativePositions(dim, num_heads, biases=biases, dropout=dropout)
+    raise ValueError(f"positions is {positions!r}, it must be 'rotary' or 'relative'")

@@ -1,0 +1,168 @@
+"""Which keys a query sees under an experiment's attention, as a picture and as exact numbers.
+
+    python -m reports.pattern experiment=enwik8_small
+    python -m reports.pattern experiment=enwik8_small phase=0 seq_len=512 output=first.png
+    python -m reports.pattern model.attention.window=[16,32,64,64] --json
+    python -m reports.pattern run_dir=runs/default/latest
+
+Takes the overrides of train.py, or `run_dir=DIR` for the settings of a run. `phase=i` (from 0) picks a phase
+of the schedule, by default the last; `seq_len=N` is the row that is drawn and counted, by default the length
+of that phase; `output=FILE.png|.svg` is where the picture goes; `--json` prints the numbers alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reports.console import console, take_option
+from reports.errors import ReportError
+from reports.pattern_numbers import Pattern, index_label, layer_runs, pattern_numbers, receptive_field
+
+__all__ = ["main", "patterns_by_phase", "pattern_numbers", "print_numbers", "receptive_field"]
+
+MAX_SEQ_LEN = 2**20  # the row is held as bits and walked once a layer
+
+
+def patterns_by_phase(config: Any) -> list[list[Pattern]]:
+    """The attention patterns of the model of a checked config, one list of layers for every phase.
+
+    The model is built on the meta device, so that its size costs nothing. Empty where the model has no
+    windows to show.
+    """
+    import torch
+
+    from configs.phases import build_model, effective_phases, set_phase_attention
+
+    schedule = effective_phases(config)
+    with torch.device("meta"):
+        model = build_model(config)
+        if not hasattr(model, "attention_patterns"):
+            return []
+        phases = []
+        for index in range(len(schedule)):
+            set_phase_attention(model, schedule, index)
+            phases.append(list(model.attention_patterns()))
+    return phases
+
+
+def print_numbers(numbers: Mapping[str, Any], patterns: Sequence[Pattern]) -> None:
+    """The numbers of `pattern_numbers` as a table; neighbouring layers with equal patterns share a line."""
+    from rich.table import Table
+
+    direction = "to the left" if numbers["causal"] else "on each side"
+    table = Table(title=f"row of {numbers['seq_len']:,} positions, {numbers['num_heads']} heads")
+    for name in ("layers", "window", "dilation"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    for name in ("reach", "receptive field", "gaps", "unreached", "pairs", "share of dense"):
+        table.add_column(name, justify="right")
+    for first, last in layer_runs(patterns):
+        layer = numbers["layers"][last]
+        pairs = sum(numbers["layers"][index]["pairs"] for index in range(first, last + 1))
+        table.add_row(
+            index_label("layer", range(first, last + 1)).split(" ", 1)[1],
+            _values(layer["window"]),
+            _values(layer["dilation"]),
+            f"{layer['reach']:,}",
+            f"{layer['receptive_field']:,}",
+            f"{layer['gaps']:,}",
+            f"{layer['dead']:,}",
+            f"{pairs:,}",
+            f"{layer['share_of_dense']:.2%}",
+        )
+    out = console()
+    out.print(table)
+    out.print(
+        f"reach, receptive field: positions {direction} (the field of the last layer of the line); "
+        f"gaps: positions within the layer's reach that no head sees; unreached: positions within the field "
+        f"that no path through the layers reaches (query {numbers['query']:,})."
+    )
+    out.print(
+        f"[bold]{numbers['pairs']:,} query-key pairs[/bold], {numbers['share_of_dense']:.2%} of dense; "
+        f"receptive field [bold]{numbers['receptive_field']:,}[/bold] positions {direction}, "
+        f"{numbers['dead']:,} of them unreached."
+    )
+
+
+def _values(values: Sequence[int]) -> str:
+    """[32, 32, 32, 64] -> "32 (heads 0–2), 64 (head 3)"."""
+    if len(set(values)) == 1:
+        return f"{values[0]:,}"
+    heads: dict[int, list[int]] = {}
+    for head, value in enumerate(values):
+        heads.setdefault(value, []).append(head)
+    return ", ".join(f"{value:,} ({index_label('head', group)})" for value, group in heads.items())
+
+
+def _positive(text: str | None, name: str, low: int, high: int, default: int) -> int:
+    if text is None:
+        return default
+    if not text.lstrip("-").isdecimal() or not low <= int(text) <= high:
+        raise ReportError(f"{name}={text}: expected a whole number from {low:,} to {high:,}")
+    return int(text)
+
+
+def _choose(arguments: list[str], run_dir: str | None) -> Any:
+    if run_dir is None:
+        from configs.compose import compose_config
+
+        return compose_config(arguments)
+    if arguments:
+        raise ReportError(
+            f"{arguments[0]}: with run_dir= the settings of the run are shown; only phase=, seq_len=, "
+            "output= and --json go with it"
+        )
+    from configs.run import load_run
+
+    return load_run(run_dir)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command; raises errors with an `exit_code` for what the user can mend."""
+    arguments = list(arguments)
+    if "-h" in arguments or "--help" in arguments:
+        print(__doc__)
+        return
+    as_json = "--json" in arguments
+    arguments = [argument for argument in arguments if argument != "--json"]
+    options = {name: take_option(arguments, name) for name in ("run_dir", "output", "seq_len", "phase")}
+    output = Path(options["output"] or _default_output(options["run_dir"]))
+    if output.suffix.lower() not in (".png", ".svg"):
+        raise ReportError(f"output={output}: the picture is a .png or an .svg file")
+    config = _choose(arguments, options["run_dir"])
+    from configs.phases import effective_phases
+
+    phases = patterns_by_phase(config)
+    if not phases or not phases[-1]:
+        raise ReportError("this model has no window attention, there is no pattern to show")
+    phase = _positive(options["phase"], "phase", 0, len(phases) - 1, len(phases) - 1)
+    patterns = phases[phase]
+    default_length = min(effective_phases(config)[phase].seq_len, MAX_SEQ_LEN)
+    seq_len = _positive(options["seq_len"], "seq_len", 1, MAX_SEQ_LEN, default_length)
+    numbers = {"phase": phase, "num_phases": len(phases), **pattern_numbers(patterns, seq_len)}
+    if as_json and options["output"] is None:
+        print(json.dumps(numbers))
+        return
+    from reports.pattern_figures import attention_pattern_figure
+    from reports.style import label_text, save_figure
+
+    title = f"{label_text(config.experiment_name)}, phase {phase + 1} of {len(phases)}"
+    save_figure(attention_pattern_figure(patterns, seq_len, title=title), output)
+    if as_json:
+        print(json.dumps({**numbers, "picture": str(output)}))
+        return
+    print_numbers(numbers, patterns)
+    print(f"picture: {output}")
+
+
+def _default_output(run_dir: str | None) -> Path:
+    return Path(run_dir, "plots", "pattern.png") if run_dir else Path("pattern.png")
+
+
+if __name__ == "__main__":
+    from configs.cli import _outcome  # the wording of Hydra's composition errors
+
+    sys.exit(_outcome(lambda: main(sys.argv[1:]), sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Tasks: raw data into batches, model outputs into the official score."""

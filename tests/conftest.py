@@ -1,0 +1,73 @@
+"""Fixtures of every test: seeds, no network, uninitialised memory that shows, and where the real data is."""
+
+import os
+from pathlib import Path
+
+# before any library reads them
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# without it CUDA refuses deterministic matrix products
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import ROOT
+
+MISSING_DATA = "data missing: "
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """Seeds, and memory from torch.empty filled with NaN, so that an unwritten output fails."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of the real data, LONGSPAN_DATA or ../shared/data; the test is skipped where there is none."""
+    folder = Path(os.environ.get("LONGSPAN_DATA") or ROOT.parent / "shared" / "data").resolve()
+    if not folder.is_dir():
+        pytest.skip(f"{MISSING_DATA}no folder {folder}, set LONGSPAN_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_file(data_dir):
+    """`data_file("enwik8/enwik8_head.xz")` is that file's path; the test is skipped where it is missing."""
+
+    def find(name: str) -> Path:
+        path = data_dir / name
+        if not path.exists():
+            pytest.skip(f"{MISSING_DATA}no {path}")
+        return path
+
+    return find
+
+
+def pytest_collection_modifyitems(items):
+    """GPU tests asked for on a machine without one are skipped and say so."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    """The run ends with the number of tests that found no data."""
+    yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum(MISSING_DATA in str(report.longrepr) for report in skipped)
+    terminalreporter.write_sep("-", f"tests skipped for missing data: {count}")

@@ -1,0 +1,99 @@
+"""What a person sees: one plain line per report, or one live line on a terminal."""
+
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+from training import progress
+from training.progress import ProgressReporter, describe, format_duration, peak_memory_bytes
+
+LINE = {
+    "step": 1500,
+    "phase": 1,
+    "train/loss": 1.2,
+    "train/bpc": 1.7312,
+    "optim/lr": 3e-4,
+    "perf/tokens_per_s": 12345.6,
+    "mem/peak_gib": 1.5,
+}
+
+
+def console(terminal: bool) -> tuple[Console, io.StringIO]:
+    output = io.StringIO()
+    return Console(
+        file=output, force_terminal=terminal, width=120, highlight=False, soft_wrap=not terminal
+    ), output
+
+
+def test_the_line_names_everything():
+    assert describe(LINE, 4000, 5, 125.0) == (
+        "phase 2/5  step 1,500/4,000  bpc 1.731  lr 3.00e-04  12,346 tokens/s  2m05s left  1.50 GiB"
+    )
+
+
+def test_the_line_leaves_out_what_is_absent():
+    assert describe({"step": 3, "train/loss": 2.0}, 4, 1, None) == "step 3/4  loss 2.000"
+    assert describe({"step": 3, "train/bpc": None}, 4, 1, None) == "step 3/4"
+
+
+def test_plain_output_is_one_line_per_report():
+    screen, output = console(terminal=False)
+    reporter = ProgressReporter(4000, 5, console=screen)
+    reporter.update({**LINE, "progress/eta_s": 60})
+    reporter.message("[bold] stays as it is, however long the line is " + "x" * 200)
+    reporter.update({**LINE, "step": 1600, "progress/eta_s": 30})
+    reporter.close()
+    lines = output.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[0].endswith("1m00s left  1.50 GiB")
+    assert lines[1].startswith("[bold] stays")
+    assert "\x1b" not in output.getvalue()
+
+
+def test_a_terminal_gets_a_live_line_with_messages_above():
+    screen, output = console(terminal=True)
+    reporter = ProgressReporter(2000, 5, console=screen)
+    reporter.update(LINE)
+    reporter.message("evaluation: 1.70 bpc")
+    reporter.close()
+    reporter.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.getvalue())
+    assert " 75% phase 2/5  step 1,500/2,000  bpc 1.731" in text
+    assert "evaluation: 1.70 bpc\n" in text
+
+
+def test_other_processes_stay_silent(capsys):
+    reporter = ProgressReporter(10, 1, enabled=False)
+    reporter.update(LINE)
+    reporter.message("hello")
+    reporter.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_time_left_follows_the_recent_pace(monkeypatch):
+    now = iter([0.0, 10.0, 12.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    clock = progress._Clock(110)
+    assert clock.remaining(0) is None
+    assert clock.remaining(10) == pytest.approx(100.0)
+    assert clock.remaining(12) == pytest.approx(98.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-3, "0s"), (59.4, "59s"), (59.6, "1m00s"), (3599, "59m59s"), (7620, "2h07m"), (273600, "3d04h")],
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = peak_memory_bytes("cpu")
+    assert before > 2**24
+    held = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert peak_memory_bytes("cpu") >= before
+    assert peak_memory_bytes("cpu") < 2**40
+    del held

@@ -1,0 +1,45 @@
+"""Sums of a logging interval, kept on the device, and the time the steps of that interval took."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Adds up metrics between log lines without a host synchronisation; evaluation and saving do not count as time."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = self._tokens = 0
+        self._started = time.perf_counter()
+
+    def add(self, sums: Mapping[str, Tensor], num_targets: int) -> None:
+        """Add one micro-batch: sums over its targets, to be divided by the `num_targets` of the whole step."""
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double() / num_targets
+
+    def step(self, num_targets: int) -> None:
+        """Count one update."""
+        self._steps += 1
+        self._tokens += num_targets
+
+    def report(self, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], float]:
+        """(means per update and the pace, seconds the interval took); starts the next interval.
+
+        `reduce` sums a tensor over processes. Reading the sums waits for the device, so the time is that of the work.
+        """
+        means = reduce(torch.stack(list(self._sums.values()))).tolist()
+        seconds = time.perf_counter() - self._started
+        metrics = {f"train/{name}": mean / self._steps for name, mean in zip(self._sums, means, strict=True)}
+        metrics["perf/tokens_per_s"] = self._tokens / seconds
+        metrics["perf/step_ms"] = 1000 * seconds / self._steps
+        self._sums = {}
+        self._steps = self._tokens = 0
+        self.restart()
+        return metrics, seconds
+
+    def restart(self) -> None:
+        """Begin the interval now: what happened since the last report was not training."""
+        self._started = time.perf_counter()
