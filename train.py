@@ -12,12 +12,15 @@ from configs.cli import entry
 def main(cfg) -> None:
     """One run from its configuration to its result and report; the same `run_dir` goes on where it stopped."""
     # torch and what needs it load here, so that a typo or --help is answered at once
+    from hydra.core.hydra_config import HydraConfig
+
     from configs.check import check
+    from configs.compose import name_experiment
     from configs.phases import check_lengths, effective_phases, phase_patterns
     from configs.schema import build
     from training.distributed import Distributed
 
-    cfg = check(cfg)
+    cfg = check(name_experiment(cfg, list(HydraConfig.get().overrides.task)))
     phases = effective_phases(cfg)
     phase_patterns(cfg, phases)  # refuses options no layer can have
     with Distributed(cfg.device) as dist:
@@ -229,7 +232,9 @@ def check_same_data(saved, found, checkpoint) -> None:
     """ConfigError where a checkpoint was trained on other data than is here now."""
     from configs.schema import ConfigError
 
-    changed = sorted(key for key in saved.keys() | found.keys() if saved.get(key) != found.get(key))
+    # the same bytes may lie in another file
+    keys = (saved.keys() | found.keys()) - {"source"}
+    changed = sorted(key for key in keys if saved.get(key) != found.get(key))
     if changed:
         listed = ", ".join(f"{key} was {saved.get(key)}, is {found.get(key)}" for key in changed)
         raise ConfigError(f"{checkpoint} was trained on other data ({listed}): give the same, or start a new run")

@@ -14,7 +14,15 @@ CONFIG_DIR = Path(__file__).resolve().parent
 
 def compose_config(overrides: list[str], config_name: str = "train") -> DictConfig:
     """The checked configuration that `train.py` would run with these overrides."""
-    return check(compose_raw(overrides, config_name))
+    return check(name_experiment(compose_raw(overrides, config_name), overrides))
+
+
+def name_experiment(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """Note the chosen experiment in the configuration, unless the user named the run otherwise."""
+    chosen = dict(override.split("=", 1) for override in overrides if "=" in override)
+    if "experiment_name" not in chosen and chosen.get("experiment", "null") != "null":
+        cfg.experiment_name = chosen["experiment"]
+    return cfg
 
 
 def compose_raw(overrides: list[str], config_name: str = "train") -> DictConfig:

@@ -81,6 +81,7 @@ class CharBatches:
         steps = itertools.count(self.start_step)
         if not self.workers:
             yield from map(self.batch, steps)
+            return
         loader = DataLoader(
             self.dataset,
             sampler=steps,
@@ -90,9 +91,9 @@ class CharBatches:
             # else the loader draws from the global generator, and dropout would depend on `workers`
             generator=torch.Generator(),
         )
-        # workers send bytes, an eighth of what the model's integers take
         with _signals_blocked():
             batches = iter(loader)
+        # workers send bytes, an eighth of what the model's integers take
         yield from map(torch.Tensor.long, batches)
 
 

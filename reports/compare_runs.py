@@ -14,15 +14,8 @@ from reports.metrics import headline_metric, is_number, metric_named
 from reports.run_folder import RunFolder, find_runs, flatten, read_run
 
 # where a run lies, what it prints and what it keeps: none of it changes what is learned
-LOCAL_KEYS = (
-    "run_dir",
-    "data.cache_dir",
-    "data.workers",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-)
-LOCAL_GROUPS = ("tracker.", "hydra.")
+LOCAL_KEYS = ("run_dir", "data.cache_dir", "data.workers")
+LOCAL_GROUPS = ("train.", "tracker.", "hydra.")
 MISSING = "(not set)"
 
 
@@ -91,7 +84,7 @@ def compare_runs(
 ) -> Comparison:
     """Group the runs at or below `paths`; `metric` is a number of result.json, by default the headline score.
 
-    Two runs belong together when their configs agree in everything but seeds and local keys (`LOCAL_KEYS`),
+    Two runs belong together when their configs agree in all but seeds, `LOCAL_KEYS` and `LOCAL_GROUPS`,
     or, with `by`, in the keys named there. Raises ReportError for a path without a run, a metric that no run
     has and a key of `by` that no config has.
     """

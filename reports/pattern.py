@@ -28,25 +28,10 @@ MAX_SEQ_LEN = 2**20  # the row is held as bits and walked once a layer
 
 
 def patterns_by_phase(config: Any) -> list[list[Pattern]]:
-    """The attention patterns of the model of a checked config, one list of layers for every phase.
+    """The attention patterns of the model of a checked config, one list of layers for every phase."""
+    from configs.phases import effective_phases, phase_patterns
 
-    The model is built on the meta device, so that its size costs nothing. Empty where the model has no
-    windows to show.
-    """
-    import torch
-
-    from configs.phases import build_model, effective_phases, set_phase_attention
-
-    schedule = effective_phases(config)
-    with torch.device("meta"):
-        model = build_model(config)
-        if not hasattr(model, "attention_patterns"):
-            return []
-        phases = []
-        for index in range(len(schedule)):
-            set_phase_attention(model, schedule, index)
-            phases.append(list(model.attention_patterns()))
-    return phases
+    return phase_patterns(config, effective_phases(config))
 
 
 def print_numbers(numbers: Mapping[str, Any], patterns: Sequence[Pattern]) -> None:

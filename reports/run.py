@@ -127,17 +127,23 @@ def _headline(run: RunFolder) -> str:
         ("step", "steps", _whole),
     ]
     items += [(show(result[key]), label, "") for key, label, show in readable if is_number(result.get(key))]
-    if result.get("dataset"):
-        items.append((str(result["dataset"]), "data set", ""))
+    data = flatten(result["data"]) if isinstance(result.get("data"), dict) else {}
+    dataset = result.get("dataset") or data.get("dataset")
+    if dataset:
+        items.append((str(dataset), "data set", ""))
     parts = [page.cards(items), page.paragraph(_protocol(result), muted=True)]
     baselines = result.get("baselines")
     if metric and isinstance(baselines, dict) and baselines:
-        figure = baseline_figure(metric, float(result[metric.name]), baselines)
-        parts.append(_plot(run, "baselines", figure, "score of the model beside the baselines"))
+        # beside the scores stands how many training bytes the baselines were given
+        used = baselines.get("train_bytes_used")
+        note = f"The baselines were given {used:,} bytes of the training split." if is_number(used) else ""
+        scores = {name: score for name, score in baselines.items() if not name.startswith("train_bytes")}
+        figure = baseline_figure(metric, float(result[metric.name]), scores)
+        parts.append(_plot(run, "baselines", figure, "score of the model beside the baselines", note))
     shown = {key for key, _, _ in readable} | {"baselines", "data", "dataset"}
     rest = {key: value for key, value in result.items() if key not in shown}
-    data = flatten(result.get("data"), "data") if result.get("data") else {}
-    parts.append(page.details("all numbers of result.json", page.table({**rest, **data})))
+    rest |= {f"data.{key}": value for key, value in data.items()}
+    parts.append(page.details("all numbers of result.json", page.table(rest)))
     if run.evaluations:
         rows = [(name, _one_line(numbers)) for name, numbers in run.evaluations.items()]
         parts.append(page.details("evaluations (eval/)", page.table(rows)))

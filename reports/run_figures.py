@@ -93,6 +93,7 @@ def training_figure(
         bottom.yaxis.set_major_locator(MaxNLocator(3))
         bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         bottom.set_xlabel("step (weight updates)")
+        bottom.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         bottom.xaxis.set_major_formatter(style.POSITIONS)
         _shade_phases(top, bottom, phase_spans([*train, *valid]), phase_labels or {})
     return figure

@@ -22,13 +22,15 @@ class CharLMTask:
     Args:
         dataset: "text8", "enwik8" or "python_source".
         data: `path`, `cache_dir` and `workers` of the run's data node.
+        sample_chars: length of the text a finished run writes.
     """
 
     name = "char_lm"
     metric = "bpc"
 
-    def __init__(self, dataset: str, *, data: Mapping):
+    def __init__(self, dataset: str, *, data: Mapping, sample_chars: int = 300):
         self.dataset = dataset
+        self.sample_chars = sample_chars
         self.workers = data["workers"]
         self.corpus = load_chars(dataset, path=data["path"], cache_dir=data["cache_dir"])
 
@@ -135,7 +137,7 @@ class CharLMTask:
         return baselines(self.corpus.splits["train"], text[: max(1, int(share * (len(text) - 1))) + 1])
 
     @torch.no_grad()
-    def sample(self, model: nn.Module, *, num_chars: int = 300, temperature: float = 0.8, seed: int = 0) -> str:
+    def sample(self, model: nn.Module, *, temperature: float = 0.8, seed: int = 0) -> str:
         """The first characters of the validation split, continued by the model."""
         prompt = self.corpus.splits["valid"][:PROMPT_CHARS]
         device = next(model.parameters()).device
@@ -143,7 +145,7 @@ class CharLMTask:
         generator = torch.Generator().manual_seed(seed)
         was_training = model.training
         model.eval()
-        for _ in range(num_chars):
+        for _ in range(self.sample_chars):
             seen = ids[-(model.receptive_field + 1) :]
             probabilities = torch.softmax(model(seen[None])[0, -1].float().cpu() / temperature, dim=-1)
             ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator).to(device)])

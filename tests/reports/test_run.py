@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
+from configs.compose import compose_config
 from kernels.window_attention.pattern import WindowPattern
 from reports.errors import ReportError
 from reports.run import main, write_report
@@ -171,6 +173,16 @@ def test_smoothing_keeps_lines_and_ends():
     assert smooth(np.array([])).size == 0
     noisy = np.random.default_rng(0).normal(size=4000)
     assert smooth(noisy).std() < 0.15
+
+
+def test_command_rebuilds_the_patterns_from_the_config(tmp_path, capsys):
+    overrides = ["model.dim=32", "model.num_layers=2", "model.attention.window=[2,5]"]
+    OmegaConf.save(compose_config(overrides), tmp_path / "config.yaml", resolve=True)
+    main([f"run_dir={tmp_path}"])
+    assert capsys.readouterr().out == f"report: {tmp_path / 'report.html'}\n"
+    text = (tmp_path / "report.html").read_text()
+    assert_self_contained(text)
+    assert "<h2>Attention pattern</h2>" in text and "can reach it: 7 after all layers" in text
 
 
 @pytest.mark.parametrize(
