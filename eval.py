@@ -42,13 +42,21 @@ def main(cfg) -> None:
         }
         precision = resolve_precision(run.precision, dist.device)
         result = evaluate(
-            task, model, cfg.split, dist=dist, precision=precision, settings=settings, show=lambda line: print(line)
+            task,
+            model,
+            cfg.split,
+            dist=dist,
+            precision=precision,
+            settings=settings,
+            show=lambda line: print(line),
         )
         if dist.is_main:
             result = {"task": task.name, "split": cfg.split, "step": state["step"], **result}
             name = f"eval/{cfg.split}-step-{state['step']}.json"
             RunDir(cfg.run_dir).write_json(name, result)
-            print(f"{cfg.split} {task.metric} {result[task.metric]!r} at step {state['step']:,} -> {cfg.run_dir}/{name}")
+            print(
+                f"{cfg.split} {task.metric} {result[task.metric]!r} at step {state['step']:,} -> {cfg.run_dir}/{name}"
+            )
 
 
 if __name__ == "__main__":

@@ -260,12 +260,13 @@ def make_tracker(cfg, folder, step):
 
 def opening(cfg, task, model, phases, precision, folder, step, dist) -> str:
     """What a person wants to know before the first step."""
+    steps = sum(phase.steps for phase in phases)
     tokens = sum(phase.steps * phase.batch_size * phase.seq_len for phase in phases)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lines = [
         f"{cfg.experiment_name}: {parameters / 1e6:.2f}M parameters, {precision} on {dist.device}"
         + (f" x {dist.world_size}" if dist.world_size > 1 else ""),
-        f"{len(phases)} phase{'s' if len(phases) > 1 else ''}, {sum(p.steps for p in phases):,} steps, {tokens:,} tokens",
+        f"{len(phases)} phase{'s' if len(phases) > 1 else ''}, {steps:,} steps, {tokens:,} tokens",
         f"run folder {folder.path}",
     ]
     return "\n".join([*lines, f"going on after step {step:,}"] if step else lines)

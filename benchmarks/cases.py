@@ -38,12 +38,10 @@ class WindowSelfAttention(torch.nn.Module):
         self.shape = shape
         self.query, self.key, self.value = (torch.nn.Linear(shape.dim, shape.dim) for _ in range(3))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, dim] -> [B, T, dim]."""
         heads = (self.shape.num_heads, self.shape.head_dim)
-        query, key, value = (
-            project(x).unflatten(-1, heads) for project in (self.query, self.key, self.value)
-        )
+        query, key, value = (project(x).unflatten(-1, heads) for project in (self.query, self.key, self.value))
         return window_attention(query, key, value, window=self.shape.window).flatten(2)
 
 
@@ -51,25 +49,19 @@ def make_module(contender: str, shape: Shape) -> torch.nn.Module:
     """Either side of the module table, with the same seeded weights."""
     torch.manual_seed(0)
     ours = WindowSelfAttention(shape)
-    module = ours
+    module: torch.nn.Module = ours
     if contender == LONGFORMER:
-        module = peers.longformer_self_attention(shape.dim, shape.num_heads, shape.window)
-        module.attention.load_state_dict(
-            ours.state_dict(), strict=False
-        )  # the global projections stay unused
+        module = theirs = peers.longformer_self_attention(shape.dim, shape.num_heads, shape.window)
+        # not strict: the projections of global tokens have no counterpart here, and stay unused
+        theirs.attention.load_state_dict(ours.state_dict(), strict=False)
     return module.to(shape.device, getattr(torch, shape.dtype))
 
 
-def random_tensors(
-    count: int, sizes: Iterable[int], shape: Shape, *, requires_grad: bool
-) -> list[torch.Tensor]:
+def random_tensors(count: int, sizes: Iterable[int], shape: Shape, *, requires_grad: bool) -> list[torch.Tensor]:
     """Seeded normal tensors: zeros would be faster than anything real."""
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(*sizes, generator=generator) for _ in range(count)]
-    return [
-        tensor.to(shape.device, getattr(torch, shape.dtype)).requires_grad_(requires_grad)
-        for tensor in tensors
-    ]
+    return [tensor.to(shape.device, getattr(torch, shape.dtype)).requires_grad_(requires_grad) for tensor in tensors]
 
 
 def make_call(

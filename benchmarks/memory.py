@@ -36,8 +36,8 @@ class LargestTensor(TorchDispatchMode):
 def extra_peak_bytes(maker: str, arguments: dict, warmup: dict, *, device: str, num_threads: int) -> int:
     """Peak memory of one call above the level before it, in bytes, measured in a process of its own.
 
-    `maker` is "module:function"; function(**arguments) returns the call to measure. function(**warmup), a smaller
-    one, runs before, so that libraries load and set up their buffers outside the measurement. On CPU it is
+    `maker` is "module:function"; function(**arguments) returns the call to measure. function(**warmup), a
+    smaller one, runs before: libraries load and set up their buffers outside the measurement. On CPU it is
     resident memory; on CUDA what torch's allocator handed out.
     """
     order = json.dumps([maker, arguments, warmup, device, num_threads])
@@ -69,9 +69,7 @@ def _peak_of_cuda(call: Callable[[], object]) -> int:
 
 def _peak_of_process(call: Callable[[], object]) -> int:
     try:
-        Path("/proc/self/clear_refs").write_text(
-            "5", encoding="ascii"
-        )  # the peak restarts at what is resident now
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak restarts at what is resident now
         before = _status("VmRSS")
     except OSError:  # no such file: the peak since the start, which what is resident now may hide
         before = _max_resident()

@@ -1,7 +1,7 @@
 """What we are measured against, each at its public settings, in our layout and our window convention.
 
-A peer is made by a function that builds masks and compiles; what it returns is timed. Inputs are [B, T, H, D],
-and what a peer needs in another layout it converts inside the timed call.
+A peer is made by a function that builds masks and compiles; what that returns is timed, inputs [B, T, H, D].
+A peer that needs another layout converts inside the timed call.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def longformer_self_attention(dim: int, num_heads: int, window: int) -> torch.nn.Module:
+def longformer_self_attention(dim: int, num_heads: int, window: int) -> "LocalOnly":
     """Hugging Face's LongformerSelfAttention without global tokens: [B, T, dim] -> [B, T, dim].
 
     Its `attention_window` counts both sides, ours one. T must be a multiple of 2 * window.
@@ -26,26 +26,25 @@ def longformer_self_attention(dim: int, num_heads: int, window: int) -> torch.nn
         attention_window=[2 * window],
         attention_probs_dropout_prob=0.0,
     )
-    return _LocalOnly(LongformerSelfAttention(config, layer_id=0))
+    return LocalOnly(LongformerSelfAttention(config, layer_id=0))
 
 
-class _LocalOnly(torch.nn.Module):
+class LocalOnly(torch.nn.Module):
     """The arguments LongformerModel would pass for a text without padding and without global tokens."""
 
-    def __init__(self, attention):
+    def __init__(self, attention: torch.nn.Module):
         super().__init__()
-        self.attention = attention
+        self.attention: torch.nn.Module = attention
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
         mask = x.new_zeros(x.shape[:2])
         none = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        return self.attention(x, mask, is_index_masked=none, is_index_global_attn=none, is_global_attn=False)[
-            0
-        ]
+        return self.attention(x, mask, is_index_masked=none, is_index_global_attn=none, is_global_attn=False)[0]
 
 
 def dense_sdpa(seq_len: int, window: int, device: str, dtype: torch.dtype) -> Attention:
-    """scaled_dot_product_attention with a T x T mask made once, additive on CPU, which converts a boolean one."""
+    """scaled_dot_product_attention with a T x T mask made once; additive on CPU, which would convert."""
     position = torch.arange(seq_len, device=device)
     seen = (position[:, None] - position).abs() <= window
     mask = torch.zeros(seq_len, seq_len, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
@@ -59,7 +58,7 @@ def dense_sdpa(seq_len: int, window: int, device: str, dtype: torch.dtype) -> At
 
 
 def compiled_flex(qkv: Sequence[torch.Tensor], window: int) -> Attention:
-    """FlexAttention compiled for inputs shaped as `qkv`, with a block mask made once. On CPU it has no backward."""
+    """FlexAttention compiled for inputs shaped as `qkv`, its block mask made once. No backward on CPU."""
     import torch._inductor.config as inductor
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

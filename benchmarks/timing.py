@@ -7,15 +7,17 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 LOW, HIGH = 20, 80  # percentiles of a range
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Spread:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], *, num_rounds: int, device: str, num_warmup: int = 2
-) -> dict[str, np.ndarray]:
+    calls: Mapping[Name, Callable[[], object]], *, num_rounds: int, device: str, num_warmup: int = 2
+) -> dict[Name, np.ndarray]:
     """Seconds [num_rounds] of each call, taken in turn (A B A B), so that a slow minute meets all of them."""
     for call in calls.values():
         for _ in range(num_warmup):
@@ -84,6 +86,7 @@ class Row:
     slope_p20: float | None = None
     slope_p80: float | None = None
     largest_tensor: int | None = None  # elements of the largest storage made
+    largest_share: float | None = None  # the same over T * T; in a slope's row at its worst over the lengths
     note: str | None = None
 
     def time(self, seconds: np.ndarray) -> "Row":
@@ -115,6 +118,7 @@ def environment() -> dict[str, str | int | bool]:
         "cpu": _cpu_model(),
         "num_cores": os.cpu_count() or 0,
         "num_threads": torch.get_num_threads(),
+        "allocator": _allocator_settings(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -125,7 +129,7 @@ def environment() -> dict[str, str | int | bool]:
 
 
 def write_csv(path: Path, rows: list[Row], shared: Mapping[str, object]) -> None:
-    """One file a command: replaces `path` by `rows`, each followed by the `shared` columns of `environment`."""
+    """Replace the file by `rows`, each followed by the `shared` columns, those of `environment`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         columns = [field.name for field in fields(Row)]
@@ -149,6 +153,13 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
+
+
+def _allocator_settings() -> str:
+    """Changes to malloc: whether it keeps freed memory decides how often a call pays for fresh pages."""
+    names = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_")
+    chosen = {name: text for name, text in os.environ.items() if name.startswith(names)}
+    return " ".join(f"{name}={text}" for name, text in sorted(chosen.items())) or "default"
 
 
 def _cpu_model() -> str:

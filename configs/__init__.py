@@ -1,1 +1,1 @@
-"""Typed configuration: schema, checks, composition and the command-line wrapper; the YAML groups lie beside it."""
+"""Typed configuration: schema, checks, composition, the command line; the YAML groups lie beside it."""

@@ -1,14 +1,17 @@
-"""Checks of a composed configuration, before anything is built: names, types, ranges, and rules across keys."""
+"""Checks of a composed configuration, before anything is built: names, types, ranges, rules across keys."""
 
-import difflib
 import inspect
+import math
+import re
 import types
-from typing import Any, Union, get_args, get_origin
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.schema import ConfigError, PhaseConfig, RunConfig, target_class
+from configs.messages import describe, nearest, plain, unknown_key
+from configs.schema import ConfigError, EvaluateConfig, PhaseConfig, RunConfig, target_class
 
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
@@ -34,6 +37,7 @@ RANGES = {
     "eval.stride": (1, None),
     "eval.batch_tokens": (1, None),
     "optim.weight_decay": (0, None),
+    "optim.clip_norm": (0, None),
     "optim.muon_lr_ratio": (0, None),
     "tracker.wandb.init_timeout": (1, None),
 }
@@ -45,31 +49,24 @@ PHASE_RANGES = {
     "lr": (0, None),
     "final_lr_ratio": (0, 1),
 }
-
-
-def nearest(name: str, known) -> str:
-    """", did you mean X?" for the known name nearest to `name`, or nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {matches[0]}?" if matches else ""
+EVALUATION_RANGES = {
+    "num_threads": (1, None),
+    "context": (2, None),
+    "stride": (1, None),
+    "batch_tokens": (1, None),
+}
 
 
 def check(cfg: DictConfig) -> DictConfig:
-    """The same configuration merged into a fresh schema and found sound, or ConfigError naming the key to change."""
-    cfg = closed(cfg)
-    for key, choices in CHOICES.items():
-        value = OmegaConf.select(cfg, key)
-        if value not in choices:
-            raise ConfigError(f"{key} is {value!r}, it must be one of {', '.join(choices)}{nearest(str(value), choices)}")
-    for key, limits in RANGES.items():
-        check_range(key, OmegaConf.select(cfg, key), *limits)
-    check_range("optim.clip_norm", cfg.optim.clip_norm, 0, None)
+    """The same configuration in a fresh schema and found sound, or ConfigError naming the key to change."""
+    cfg = closed(cfg, RunConfig)
+    _check_values(cfg, RANGES)
     for key in ("share", "valid_share"):
-        value = cfg.eval[key]
-        if not 0 < value <= 1:
-            raise ConfigError(f"eval.{key} is {value}, it must be above 0 and at most 1")
-    if cfg.eval.stride > cfg.eval.context:
-        raise ConfigError(f"eval.stride {cfg.eval.stride} is longer than eval.context {cfg.eval.context}")
-    check_options(cfg.task, "task")
+        check_share(f"eval.{key}", cfg.eval[key])
+    check_stride("eval.", cfg.eval.context, cfg.eval.stride)
+    _check_optim(cfg.optim)
+    # nothing else is known of these two before the run exists; the rest of a node is its constructor's affair
+    check_options(cfg.task, "task", supplied=("data",))
     check_options(cfg.model, "model")
     if not cfg.schedule.phases:
         raise ConfigError("schedule.phases is empty, a run needs at least one phase")
@@ -78,35 +75,86 @@ def check(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def closed(cfg: DictConfig) -> DictConfig:
-    """`cfg` merged into a fresh schema, so that a key added with `+` is refused like any other unknown one."""
+def check_evaluation(cfg: DictConfig) -> DictConfig:
+    """The same for the configuration of `eval.py`."""
+    cfg = closed(cfg, EvaluateConfig)
+    _check_values(cfg, EVALUATION_RANGES)
+    if cfg.share is not None:
+        check_share("share", cfg.share)
+    return cfg
+
+
+def closed(cfg: DictConfig, schema: type) -> DictConfig:
+    """`cfg` merged into a fresh schema, so that a key added with `+` is refused like any unknown one."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.to_container(cfg, resolve=True))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
-        raise ConfigError(describe(error)) from None
+        raise ConfigError(describe(error, _known(schema, cfg))) from None
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
-        raise ConfigError(f"{missing[0]} has no value: give one with {missing[0]}=…")
+        key = re.sub(r"\[(\d+)\]", r".\1", missing[0])
+        raise ConfigError(f"{key} has no value: give one with {key}=…")
     return merged
 
 
-def describe(error: OmegaConfBaseException) -> str:
-    """One line about an OmegaConf error: the full key, what is wrong, the nearest valid key."""
-    key = (error.full_key or str(error.key or "")).strip()
-    first_line = str(error.msg or error).splitlines()[0]
-    if "not in" in first_line and key:
-        parent = OmegaConf.select(OmegaConf.structured(RunConfig), key.rpartition(".")[0], default=None)
-        if "." not in key:
-            parent = OmegaConf.structured(RunConfig)
-        if isinstance(parent, DictConfig):
-            known = list(parent.keys())
-        elif ".phases" in key or "[" in key:
-            known = list(PhaseConfig.__dataclass_fields__)
-        else:
-            known = []
-        name = key.rpartition(".")[2]
-        return f"there is no configuration key {key}{nearest(name, known)}"
-    return f"{key}: {first_line}" if key and key not in first_line else first_line
+def _known(schema, cfg):
+    """The keys that a configuration may have: the schema's, with those of the open nodes and of a phase."""
+    tree = plain(OmegaConf.structured(schema))
+    for name in {"model", "task"} & tree.keys() & cfg.keys():
+        tree[name] = plain(cfg[name])
+    if "schedule" in tree:
+        tree["schedule"]["phases"] = [dict.fromkeys(PhaseConfig.__dataclass_fields__)]
+    return tree
+
+
+def _check_values(cfg, ranges):
+    """Words among their choices, numbers in their ranges, nothing empty and nothing that is not a number."""
+    for key, value in leaves(cfg):
+        if value == "":
+            raise ConfigError(f"{key} has an empty value: give one, or leave the key out")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key} is {value}, it must be a finite number")
+    for key, choices in CHOICES.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None:
+            check_choice(key, value, choices)
+    for key, limits in ranges.items():
+        check_range(key, OmegaConf.select(cfg, key), *limits)
+
+
+def leaves(node, prefix: str = ""):
+    """(dotted key, value) of everything in a configuration that holds nothing else."""
+    if not OmegaConf.is_config(node):
+        yield prefix.rstrip("."), node
+        return
+    for key in node if isinstance(node, DictConfig) else range(len(node)):
+        yield from leaves(node[key], f"{prefix}{key}.")
+
+
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        hint = nearest(str(value), choices)
+        raise ConfigError(f"{key} is {value!r}, it must be one of {', '.join(choices)}{hint}")
+
+
+def check_share(key: str, value: float) -> None:
+    """ConfigError unless 0 < value <= 1."""
+    if not 0 < value <= 1:
+        raise ConfigError(f"{key} is {value}, it must be above 0 and at most 1")
+
+
+def check_stride(prefix: str, context: int, stride: int) -> None:
+    """ConfigError where a window scores more characters than it holds."""
+    if stride > context:
+        raise ConfigError(f"{prefix}stride is {stride}, it must be at most {prefix}context ({context})")
+
+
+def _check_optim(optim):
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"optim.betas is {list(optim.betas)}, it must be two numbers from 0 to below 1")
+    if optim.eps <= 0:
+        raise ConfigError(f"optim.eps is {optim.eps}, it must be above 0")
 
 
 def check_range(key: str, value, least, most) -> None:
@@ -122,57 +170,85 @@ def check_range(key: str, value, least, most) -> None:
 def _check_phase(phase, where):
     for key, limits in PHASE_RANGES.items():
         check_range(f"{where}.{key}", phase[key], *limits)
-    if phase.decay not in ("constant", "linear", "cosine"):
-        raise ConfigError(f"{where}.decay is {phase.decay!r}, it must be one of constant, linear, cosine")
+    check_choice(f"{where}.decay", phase.decay, ("constant", "linear", "cosine"))
     if phase.warmup_steps > phase.steps:
-        raise ConfigError(f"{where}.warmup_steps {phase.warmup_steps} is more than its steps {phase.steps}")
+        raise ConfigError(
+            f"{where}.warmup_steps is {phase.warmup_steps}, it must be at most {where}.steps ({phase.steps})"
+        )
 
 
-def check_options(node: DictConfig, where: str) -> None:
-    """Bind an open node to the constructor it names: unknown names, missing names and wrong types are refused."""
+def check_options(node: DictConfig, where: str, *, supplied: Sequence[str] = ()) -> None:
+    """Bind an open node to the constructor it names: unknown and missing names and wrong types are refused.
+
+    `supplied`: arguments that the program gives itself.
+    """
     cls = target_class(node, where)
-    parameters = inspect.signature(cls.__init__).parameters
-    known = [name for name in parameters if name != "self"]
+    parameters = dict(inspect.signature(cls).parameters)
+    for name in supplied:
+        parameters.pop(name)
+    optional = {name for name, value in parameters.items() if value.default is not value.empty}
+    partial = node.get("_partial_", False)
+    if not isinstance(partial, bool):
+        raise ConfigError(f"{where}._partial_ is {partial!r}, it must be true or false")
     for key, value in node.items():
         if key in ("_target_", "_partial_"):
             continue
-        if key not in known:
-            raise ConfigError(f"there is no configuration key {where}.{key}{nearest(key, known)}")
+        if key not in parameters:
+            # what has no default and is not given here is the calling code's to set
+            names = [name for name in parameters if name in node or name in optional]
+            known = dict.fromkeys([where, *(f"{where}.{name}" for name in names)])
+            raise ConfigError(unknown_key(f"{where}.{key}", known))
+        annotation = parameters[key].annotation
+        if not _fits(plain(value), annotation):
+            raise ConfigError(f"{where}.{key} is {_text(plain(value))}, it must be {_expected(annotation)}")
         if isinstance(value, DictConfig) and "_target_" in value:
             check_options(value, f"{where}.{key}")
-            continue
-        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        if not _fits(plain, parameters[key].annotation):
-            expected = _type_name(parameters[key].annotation)
-            raise ConfigError(f"{where}.{key} is {plain!r}, it must be {expected}")
+    required = [name for name in parameters if name not in node and name not in optional]
+    # a partial node gets the rest later, from the code that calls it
+    if required and not partial:
+        raise ConfigError(f"{where}.{required[0]} has no value: give one with {where}.{required[0]}=…")
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a plain value suits an annotation made of int, float, bool, str, None, sequences and unions of them."""
+    """Whether a plain value suits an annotation: a scalar, None, a Literal, a container, a union."""
     if annotation in (inspect.Parameter.empty, Any):
         return True
-    if get_origin(annotation) is not None and _is_union(annotation):
+    if _is_union(annotation):
         return any(_fits(value, option) for option in get_args(annotation))
-    if annotation is type(None) or annotation is None:
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    if annotation in (type(None), None):
         return value is None
-    if annotation is bool:
-        return isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
     if annotation is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is str:
-        return isinstance(value, str)
-    # what is left are containers: the constructor checks their entries
-    return isinstance(value, list | dict)
+    if annotation in (bool, int, str):
+        return type(value) is annotation
+    container = get_origin(annotation) or annotation
+    if isinstance(container, type) and issubclass(container, Mapping):
+        return isinstance(value, dict)
+    if isinstance(container, type) and issubclass(container, Sequence):
+        # the constructor checks the entries
+        return isinstance(value, list)
+    # what is left is built from a node of its own
+    return isinstance(value, dict) and "_target_" in value
 
 
 def _is_union(annotation):
     return get_origin(annotation) in (Union, types.UnionType)
 
 
-def _type_name(annotation):
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+def _expected(annotation):
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    if annotation in (type(None), None):
+        return "null"
     if _is_union(annotation):
-        return " or ".join(_type_name(option) for option in get_args(annotation))
-    return names.get(annotation, "a list")
+        return " or ".join(_expected(option) for option in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(str, get_args(annotation)))}"
+    container = get_origin(annotation) or annotation
+    is_list = isinstance(container, type) and issubclass(container, Sequence)
+    return names.get(annotation, "a list" if is_list else "a group with a _target_")
+
+
+def _text(value):
+    return "null" if value is None else repr(value)

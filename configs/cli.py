@@ -1,4 +1,4 @@
-"""One wrapper around `hydra.main`: errors become one paragraph and an exit code, sweeps end with the largest code."""
+"""One wrapper around `hydra.main`: errors become a line and an exit code, sweeps end with the largest."""
 
 import os
 import sys
@@ -12,13 +12,12 @@ os.environ["HYDRA_FULL_ERROR"] = "1"
 
 import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
-from hydra.errors import HydraException  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
-from omegaconf import DictConfig, OmegaConf  # noqa: E402
-from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
 
-from configs.check import nearest  # noqa: E402
-from configs.compose import CONFIG_DIR, compose_raw  # noqa: E402
+from configs.check import check, check_evaluation  # noqa: E402
+from configs.compose import CONFIG_DIR, name_experiment, open_keys, task_overrides  # noqa: E402
+from configs.explain import explain, refused_flag  # noqa: E402
 from configs.schema import register  # noqa: E402
 
 # each job of a sweep appends its exit code here, also from another process
@@ -26,9 +25,13 @@ OUTCOMES = "LONGSPAN_SWEEP_OUTCOMES"
 
 
 def entry(config_name: str, job: Callable[[DictConfig], None]) -> None:
-    """Compose `config_name` with the command line, run `job` on it, and leave the process with its exit code."""
+    """Compose `config_name` with the command line, check it, run `job` on it; exits with the code."""
     register()
     arguments = sys.argv[1:]
+    flag = refused_flag(arguments)
+    if flag:
+        sys.exit(_say(flag, 2))
+    sys.argv[1:] = open_keys(arguments)
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     if sweep:
         sys.argv += _sweep_arguments(arguments)
@@ -38,7 +41,7 @@ def entry(config_name: str, job: Callable[[DictConfig], None]) -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)
     def run(cfg: DictConfig) -> None:
-        code = _outcome(lambda: job(cfg))
+        code = outcome(lambda: job(_checked(cfg, config_name)))
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             with open(os.environ[OUTCOMES], "a") as outcomes:
                 outcomes.write(f"{code}\n")
@@ -46,27 +49,39 @@ def entry(config_name: str, job: Callable[[DictConfig], None]) -> None:
                 raise KeyboardInterrupt
         codes.append(code)
 
-    code = _outcome(run, arguments, config_name)
-    if sweep:
-        outcomes = Path(os.environ.pop(OUTCOMES))
-        codes = [int(line) for line in outcomes.read_text().split()]
-        outcomes.unlink()
+    try:
+        code = outcome(run, lambda error: explain(error, arguments, config_name))
+    finally:
+        if sweep:
+            outcomes = Path(os.environ.pop(OUTCOMES))
+            codes = [int(line) for line in outcomes.read_text().split()]
+            outcomes.unlink()
     sys.exit(max([code, *codes]))
 
 
-def _outcome(action, arguments=(), config_name="train") -> int:
-    """Run an action; 0, or the code of what went wrong after saying it on stderr."""
+def _checked(cfg: DictConfig, config_name: str) -> DictConfig:
+    if config_name == "eval":
+        return check_evaluation(cfg)
+    return check(name_experiment(cfg, task_overrides()))
+
+
+def outcome(action: Callable[[], None], explained: Callable = lambda error: None) -> int:
+    """Run an action; 0, or the code of what went wrong after saying it on stderr.
+
+    `explained(error)`: one line about an error that has no code of its own, None where it is our bug.
+    """
     try:
         action()
-    except (HydraException, OmegaConfBaseException) as error:
-        return _say(_composition_error(error, list(arguments), config_name), 2)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except Exception as error:
-        if not isinstance(getattr(error, "exit_code", None), int):
+        if isinstance(getattr(error, "exit_code", None), int):
+            return _say(str(error), error.exit_code)
+        message = explained(error)
+        if message is None:
             traceback.print_exc()
             return 1
-        return _say(str(error), error.exit_code)
+        return _say(message, 2)
     return 0
 
 
@@ -76,43 +91,10 @@ def _say(message: str, code: int) -> int:
 
 
 def _sweep_arguments(arguments):
-    """Name the folder of a sweep after its experiment where the user named none: the same command finds it again."""
+    """Name the folder of a sweep after its experiment where the user named none: the command finds it."""
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     # an experiment that is itself swept does not name the folder
     experiment = given.get("experiment", "default")
     folder = given.get("run_dir") or f"sweeps/{'sweep' if ',' in experiment else experiment}"
     extra = [] if "run_dir" in given else [f"run_dir={folder}"]
     return [*extra, f"hydra.sweep.dir={folder}"]
-
-
-def _composition_error(error, arguments, config_name) -> str:
-    """What Hydra or OmegaConf refused, in a line or two, without the advice to append with a plus."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    key = getattr(cause, "full_key", None)
-    if "is not in struct" in str(cause) or (key and "not in" in str(cause).splitlines()[0]):
-        key = key or lines[0].split("'")[1]
-        return f"there is no configuration key {key}{nearest_key(key, arguments, config_name)}"
-    if lines[0].startswith(("Could not find", "In ")) and "Available options" in str(error):
-        wanted = next(line for line in lines if "Could not find" in line).split("'")[1]
-        group, _, option = wanted.rpartition("/")
-        start = next(index for index, line in enumerate(lines) if line.startswith("Available options"))
-        options = [line for line in lines[start + 1 :] if not line.startswith(("Config search", "provider", "set "))]
-        return f"there is no {group}={option}{nearest(option, options)} (there are: {', '.join(options)})"
-    if isinstance(cause, OmegaConfBaseException) and key:
-        return f"{key}: {str(cause.msg or cause).splitlines()[0]}"
-    return " ".join(line for line in lines if not line.startswith(("See https", "To append")))
-
-
-def nearest_key(key: str, arguments: list[str], config_name: str) -> str:
-    """", did you mean X?" for a key that does not exist, from its parent's keys without the override that named it."""
-    others = [argument for argument in arguments if "=" in argument and not argument.lstrip("+~").startswith(key)]
-    parent, _, name = key.rpartition(".")
-    try:
-        cfg = compose_raw([argument for argument in others if "hydra." not in argument], config_name)
-        node = OmegaConf.select(cfg, parent) if parent else cfg
-        known = list(node.keys())
-    except (HydraException, OmegaConfBaseException, AttributeError):
-        return ""
-    best = nearest(name, known)
-    return best.replace("did you mean ", f"did you mean {parent}.") if best and parent else best

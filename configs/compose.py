@@ -1,20 +1,31 @@
 """Checked configurations from overrides, outside Hydra's own entry point."""
 
+import re
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
 from configs.check import check
-from configs.schema import register
+from configs.schema import ConfigError, register
 
 CONFIG_DIR = Path(__file__).resolve().parent
 
 
 def compose_config(overrides: list[str], config_name: str = "train") -> DictConfig:
-    """The checked configuration that `train.py` would run with these overrides."""
-    return check(name_experiment(compose_raw(overrides, config_name), overrides))
+    """The checked configuration that `train.py` would run with these overrides, or ConfigError."""
+    from configs.explain import explain  # it composes too
+
+    try:
+        cfg = compose_raw(overrides, config_name)
+    except Exception as error:
+        message = explain(error, overrides, config_name)
+        if message is None:
+            raise
+        raise ConfigError(message) from None
+    return check(name_experiment(cfg, overrides))
 
 
 def name_experiment(cfg: DictConfig, overrides: list[str]) -> DictConfig:
@@ -25,9 +36,19 @@ def name_experiment(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     return cfg
 
 
+def task_overrides() -> list[str]:
+    """The overrides of the job that Hydra is running as they were typed: a `${...}` in one stays as it is."""
+    return OmegaConf.to_container(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def open_keys(arguments: list[str]) -> list[str]:
+    """The overrides with `++` before keys of a phase's `attention`, which need not be there yet."""
+    return [re.sub(r"^(?=schedule\.phases\.\d+\.attention\b)", "++", argument) for argument in arguments]
+
+
 def compose_raw(overrides: list[str], config_name: str = "train") -> DictConfig:
     """Hydra's composition of these overrides, unchecked."""
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(config_name, overrides=overrides)
+        return compose(config_name, overrides=open_keys(overrides))

@@ -1,15 +1,16 @@
-"""The phases a run will really train: the schedule under its caps, and the checks that need model and data."""
+"""The phases a run will really train: the schedule under its caps; the checks that need model and data."""
 
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from configs.messages import with_keys
 from configs.schema import ConfigError, PhaseConfig, build
 
 
 def effective_phases(cfg: DictConfig) -> list[PhaseConfig]:
-    """The phases of `cfg.schedule` with `cap` laid over them; a shortened phase keeps its share of warm-up."""
+    """The phases of `cfg.schedule` under `cap`; a shortened phase keeps its share of warm-up."""
     cap = cfg.schedule.cap
     phases = []
     for node in cfg.schedule.phases:
@@ -47,7 +48,8 @@ def set_phase_attention(model, phases: list[PhaseConfig], index: int) -> None:
         try:
             model.set_attention(**phases[index].attention)
         except ValueError as error:
-            raise ConfigError(f"schedule.phases.{index}.attention: {error}") from None
+            where = f"schedule.phases.{index}.attention"
+            raise ConfigError(with_keys(str(error), phases[index].attention, where)) from None
 
 
 def phase_patterns(cfg: DictConfig, phases: list[PhaseConfig]) -> list[list]:
@@ -62,7 +64,7 @@ def phase_patterns(cfg: DictConfig, phases: list[PhaseConfig]) -> list[list]:
 
 
 def check_lengths(phases: list[PhaseConfig], max_seq_len: int, world_size: int) -> None:
-    """ConfigError for a phase whose sequences the training split cannot fill, or that processes cannot share evenly."""
+    """ConfigError for a phase longer than the training split, or a batch that processes cannot share."""
     for index, phase in enumerate(phases):
         where = f"schedule.phases.{index}"
         if phase.seq_len > max_seq_len:
@@ -71,7 +73,9 @@ def check_lengths(phases: list[PhaseConfig], max_seq_len: int, world_size: int) 
                 "shorten the phase or give more data"
             )
         if phase.batch_size % world_size:
-            raise ConfigError(f"{where}.batch_size {phase.batch_size} cannot be shared by {world_size} processes")
+            raise ConfigError(
+                f"{where}.batch_size is {phase.batch_size}, it must be a multiple of {world_size} (processes)"
+            )
 
 
 def _capped(value, limit):

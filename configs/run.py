@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from configs.check import check
+from configs.check import check, leaves
+from configs.compose import task_overrides
 from configs.schema import ConfigError
 
 # settings of the place a run runs in, not of what it computes
-LOCAL_KEYS = ("run_dir", "device", "num_threads", "data.path", "data.cache_dir", "data.workers", "tracker", "train")
+LOCAL_KEYS = ("run_dir", "device", "num_threads", "data", "tracker", "train")
 
 
 def load_run(run_dir: str | Path) -> DictConfig:
@@ -22,27 +22,23 @@ def load_run(run_dir: str | Path) -> DictConfig:
 
 def run_files(cfg: DictConfig) -> dict[str, str]:
     """File name -> text of what a run folder says about its configuration."""
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    return {"config.yaml": OmegaConf.to_yaml(cfg), "overrides.txt": "".join(f"{line}\n" for line in overrides)}
+    overrides = "".join(f"{line}\n" for line in task_overrides())
+    return {"config.yaml": OmegaConf.to_yaml(cfg), "overrides.txt": overrides}
 
 
 def check_same_run(run_dir: Path, cfg: DictConfig) -> None:
-    """ConfigError listing what differs between `cfg` and the configuration a run folder already holds, if any does."""
+    """ConfigError listing what differs between `cfg` and the configuration a run folder holds already."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         return
-    saved, given = (_flat(OmegaConf.to_container(node, resolve=True)) for node in (OmegaConf.load(path), cfg))
+    saved, given = dict(leaves(OmegaConf.load(path))), dict(leaves(cfg))
     changes = [
         f"{key}: {saved.get(key, 'absent')} there, {given.get(key, 'absent')} now"
         for key in sorted(saved.keys() | given.keys())
-        if saved.get(key) != given.get(key) and not key.startswith(LOCAL_KEYS)
+        if saved.get(key) != given.get(key) and key.partition(".")[0] not in LOCAL_KEYS
     ]
     if changes:
         shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
-        raise ConfigError(f"{run_dir} holds a run with another configuration ({shown}): use the same or another run_dir")
-
-
-def _flat(node, prefix=""):
-    if isinstance(node, dict):
-        return {key: value for name, child in node.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
-    return {prefix.rstrip("."): node}
+        raise ConfigError(
+            f"run_dir={run_dir} holds a run with another configuration ({shown}): use the same or another run_dir"
+        )

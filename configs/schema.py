@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 
 class ConfigError(Exception):
-    """A configuration the user must change: one paragraph naming key, value, limit and the nearest valid choice."""
+    """A configuration the user must change: the message names key, value, limit and the nearest choice."""
 
     exit_code = 2
 
@@ -26,7 +27,7 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """Optimizer of all phases; the learning rate is the phase's. Muon takes the matrices, AdamW all else."""
+    """Optimizer of all phases; the learning rate is the phase's. Muon takes matrices, AdamW the rest."""
 
     name: str = "adamw"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -38,7 +39,7 @@ class OptimConfig:
 
 @dataclass
 class PhaseConfig:
-    """One phase of the schedule. `batch_size` counts sequences over all processes; `attention` goes to the model."""
+    """One phase of the schedule. `batch_size` counts all processes' sequences; `attention` is the model's."""
 
     seq_len: int = MISSING
     batch_size: int = MISSING
@@ -84,7 +85,7 @@ class TrainConfig:
 class EvalConfig:
     """The paper's protocol: windows of `context` characters, `stride` apart, the last `stride` scored.
 
-    `share` is the part of the split that is scored, from its start; `valid_share` the same for evaluation in training.
+    `share` is the part of the split that is scored, from its start; `valid_share` the same in training.
     """
 
     context: int = 32_256
@@ -166,33 +167,54 @@ def register() -> None:
     store.store(name="evaluate_schema", node=EvaluateConfig)
 
 
-# module prefixes whose classes a configuration may name; anything else would let a shared config run code
-BUILDABLE = ("models.", "tasks.")
+# what each open node may build; anything else would let a shared config run code
+BUILDABLE = {"model": "models.", "task": "tasks."}
 
 
 def target_class(node: DictConfig | dict, where: str) -> type:
-    """The class a node's `_target_` names; ConfigError unless it is defined under `models.` or `tasks.`."""
+    """The class that the `_target_` of a node names; ConfigError unless the package for that node defines it.
+
+    `where`: the node's dotted key, which begins with `model` or `task`.
+    """
+    prefix = BUILDABLE[where.partition(".")[0]]
     target = node.get("_target_")
-    if not isinstance(target, str):
-        raise ConfigError(f"{where}._target_ is {target!r}, it must name a class under models. or tasks.")
+    if not isinstance(target, str) or not target.startswith(prefix):
+        found = "null" if target is None else target
+        raise ConfigError(f"{where}._target_ is {found}, it must name a class under {prefix}")
     module_name, _, class_name = target.rpartition(".")
-    if not target.startswith(BUILDABLE):
-        raise ConfigError(f"{where}._target_ is {target}: only classes under models. and tasks. can be built")
+    found = None
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{where}._target_ is {target}: {error}") from None
+        module = importlib.import_module(module_name)
+        found = getattr(module, class_name, None)
+    except ModuleNotFoundError as error:
+        # a module of ours that lacks a package of others says so itself
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise
     # checked on the resolved object: an alias imported into one of our modules is not ours
-    if not inspect.isclass(found) or not found.__module__.startswith(BUILDABLE):
-        raise ConfigError(f"{where}._target_ is {target}, which is no class defined under models. or tasks.")
+    if not inspect.isclass(found) or not found.__module__.startswith(prefix):
+        from configs.messages import nearest
+
+        hint = nearest(target, _classes(prefix))
+        raise ConfigError(f"{where}._target_ is {target}, which is no class defined under {prefix}{hint}")
     return found
 
 
-def build(node: DictConfig | dict, where: str = "config", **runtime) -> Any:
+def _classes(prefix: str) -> list[str]:
+    """Dotted names of the classes that the modules imported so far define under a package."""
+    return [
+        f"{name}.{attribute}"
+        for name, module in list(sys.modules.items())
+        if name.startswith(prefix)
+        for attribute, value in vars(module).items()
+        if inspect.isclass(value) and value.__module__ == name
+    ]
+
+
+def build(node: DictConfig | dict, where: str, **runtime) -> Any:
     """Construct the class a node names, nested nodes first; `_partial_: true` gives a callable instead.
 
     Options are plain Python values, no configuration object travels further. `runtime` adds arguments that no
-    configuration holds. Raises ConfigError for a target that is not ours and for a value the constructor refuses.
+    configuration holds. Raises ConfigError for a target not ours and for a value the constructor refuses.
     """
     if isinstance(node, DictConfig):
         node = OmegaConf.to_container(node, resolve=True)
@@ -201,9 +223,26 @@ def build(node: DictConfig | dict, where: str = "config", **runtime) -> Any:
     for key, value in options.items():
         if isinstance(value, dict) and "_target_" in value:
             options[key] = build(value, f"{where}.{key}")
-    if node.get("_partial_"):
-        return lambda *args, **late: cls(*args, **options, **late)
-    try:
-        return cls(**options, **runtime)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
+
+    def construct(*positional, **late):
+        _check_arguments(cls, where, options, positional, late)
+        try:
+            return cls(*positional, **options, **late)
+        except ValueError as error:
+            from configs.messages import with_keys
+
+            raise ConfigError(with_keys(str(error), options, where)) from error
+
+    return construct if node.get("_partial_") else construct(**runtime)
+
+
+def _check_arguments(cls, where, options, positional, late) -> None:
+    """ConfigError for an option that the caller sets itself, and for one that nobody gives."""
+    parameters = inspect.signature(cls).parameters
+    supplied = {*list(parameters)[: len(positional)], *late}
+    for name in options:
+        if name in supplied:
+            raise ConfigError(f"{where}.{name} is set by the code that builds it: leave it out")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in supplied and name not in options:
+            raise ConfigError(f"{where}.{name} has no value: give one with {where}.{name}=…")

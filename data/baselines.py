@@ -45,9 +45,7 @@ def baselines(
     return {**bits, "train_bytes_used": len(used), "train_bytes": len(train)}
 
 
-def markov_bits(
-    train: np.ndarray | bytes, test: np.ndarray | bytes, max_order: int = MAX_ORDER
-) -> list[np.ndarray]:
+def markov_bits(train: np.ndarray | bytes, test: np.ndarray | bytes, max_order: int = MAX_ORDER) -> list[np.ndarray]:
     """Bits of each byte of `test` under Markov models of order 0..max_order (at most 3), float64 [length].
 
     Witten-Bell smoothing (1991), order by order: P_k(c | h) = (n(hc) + d(h) P_{k-1}(c)) / (n(h) + d(h)),

@@ -34,9 +34,7 @@ class Source:
 # the digests stand on the publisher's pages: mattmahoney.net/dc/textdata.html
 SOURCES = {
     "text8": Source("http://mattmahoney.net/dc/text8.zip", "md5", "3bea1919949baf155f99411df5fada7e"),
-    "enwik8": Source(
-        "http://mattmahoney.net/dc/enwik8.zip", "sha1", "57b8363b814821dc9d47aa4d41f58733519076b2"
-    ),
+    "enwik8": Source("http://mattmahoney.net/dc/enwik8.zip", "sha1", "57b8363b814821dc9d47aa4d41f58733519076b2"),
 }
 CORPORA = (*SOURCES, "python_source")
 
@@ -55,9 +53,7 @@ class CharCorpus:
     vocab_size: int = 256
 
 
-def load_chars(
-    name: str, *, path: str | Path | None = None, cache_dir: str | Path = DEFAULT_CACHE
-) -> CharCorpus:
+def load_chars(name: str, *, path: str | Path | None = None, cache_dir: str | Path = DEFAULT_CACHE) -> CharCorpus:
     """Load "text8", "enwik8" or "python_source".
 
     text8 and enwik8 come from `path` (plain, zip, gz, xz or bz2) or, without one, from the publisher's zip,
@@ -154,9 +150,7 @@ def _local(name: str, source: Path, cache_dir: str | Path) -> tuple[Path, dict[s
 def _refuse_blank(file: Path, record: dict[str, Any]) -> None:
     raw = _map(file, 0, record["bytes"])
     if all(raw[start : start + CHUNK].tobytes().isspace() for start in range(0, len(raw), CHUNK)):
-        raise DataError(
-            f"{record['source']} holds only white space ({len(raw):,} bytes): name a file of text"
-        )
+        raise DataError(f"{record['source']} holds only white space ({len(raw):,} bytes): name a file of text")
 
 
 def _check_nothing(piece: np.ndarray, start: int, source: Path) -> None:

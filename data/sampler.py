@@ -48,9 +48,7 @@ class CharBatches:
     ) -> None:
         _check_counts(seq_len=seq_len, batch_size=batch_size, world_size=world_size)
         if batch_size % world_size:
-            raise ValueError(
-                f"batch_size={batch_size} must be a multiple of world_size={world_size} (processes)"
-            )
+            raise ValueError(f"batch_size={batch_size} must be a multiple of world_size={world_size} (processes)")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} must lie in 0..{world_size - 1} (world_size={world_size})")
         if start_step < 0 or workers < 0:
@@ -186,9 +184,7 @@ def _check_counts(**counts: int) -> None:
 
 
 # sent to a process group they are for the training loop, which saves first and then ends its workers
-_LOOP_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-]
+_LOOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 def _ignore_signals(worker: int) -> None:

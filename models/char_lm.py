@@ -38,7 +38,8 @@ class CharLM(nn.Module):
         checkpoint_activations: bool = False,
     ):
         super().__init__()
-        for name, value in {"dim": dim, "num_layers": num_layers, "num_heads": num_heads}.items():
+        sizes = {"dim": dim, "num_layers": num_layers, "num_heads": num_heads}
+        for name, value in {**sizes, "vocab_size": vocab_size, "mlp_ratio": mlp_ratio}.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, it must be at least 1")
         if dim % num_heads:
@@ -69,16 +70,16 @@ class CharLM(nn.Module):
                 raise NotImplementedError(f"CharLM.forward: the argument {name} is not implemented yet")
         x = self.dropout(self.embed(input_ids) * self.embed.embedding_dim**0.5)  # [B, T, M]
         for block in self.blocks:
-            if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            again = self.checkpoint_activations and self.training
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         return F.linear(self.dropout(self.norm(x)), self.embed.weight, self.output_bias)
 
     def set_attention(self, **options) -> None:
         """Change attention options of every layer, as between the phases of a schedule; ValueError names a bad one."""
-        for block in self.blocks:
-            block.attention.set_options(**options)
+        # all layers or none: a refused option leaves the model as it was
+        patterns = [block.attention.pattern_for(**options) for block in self.blocks]
+        for block, pattern in zip(self.blocks, patterns, strict=True):
+            block.attention.set_options(pattern, **options)
 
     def attention_patterns(self) -> list[WindowPattern]:
         """The pattern of each layer, from the bottom."""

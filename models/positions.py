@@ -19,9 +19,11 @@ class RotaryPositions(nn.Module):
 
     def forward(self, query, key, pattern):
         """Rotate by the phase of each row's position, counted from 0."""
-        frequency = self.base ** (-torch.arange(self.half, device=query.device, dtype=torch.float32) / self.half)
-        phase = torch.arange(query.shape[1], device=query.device, dtype=torch.float32)[:, None] * frequency
-        # [T, 1, half] in the dtype of the queries; the angle itself needs float32
+        # the angle itself needs float32 at least
+        kind = {"device": query.device, "dtype": torch.promote_types(query.dtype, torch.float32)}
+        frequency = self.base ** (-torch.arange(self.half, **kind) / self.half)
+        phase = torch.arange(query.shape[1], **kind)[:, None] * frequency
+        # [T, 1, half]
         cos, sin = phase.cos().to(query.dtype)[:, None], phase.sin().to(query.dtype)[:, None]
         return _rotate(query, cos, sin), _rotate(key, cos, sin), {}
 
@@ -43,6 +45,8 @@ class RelativePositions(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, biases: "SharedBiases", dropout: float = 0.0):
         super().__init__()
+        if dim % 2:
+            raise ValueError(f"relative positions need an even dim for sines and cosines, got {dim}")
         self.dim, self.num_heads = dim, num_heads
         self.project = nn.Linear(dim, dim, bias=False)
         self.biases = biases
@@ -53,7 +57,10 @@ class RelativePositions(nn.Module):
         distance = self._distances(pattern, query.device)  # [H, C]
         width = int(distance.shape[1])
         distances, index = torch.unique(distance, return_inverse=True)
-        projected = self.project(self.dropout(sinusoids(distances, self.dim)))  # [distances, M]
+        dtype = self.project.weight.dtype
+        # half precision cannot tell large distances apart
+        sines = sinusoids(distances.to(torch.promote_types(dtype, torch.float32)), self.dim).to(dtype)
+        projected = self.project(self.dropout(sines))  # [distances, M]
         projected = projected.view(-1, self.num_heads, self.dim // self.num_heads)
         heads = torch.arange(self.num_heads, device=query.device)[:, None].expand(-1, width)
         terms = {
@@ -81,7 +88,7 @@ class SharedBiases(nn.Module):
 
 
 def sinusoids(distance: torch.Tensor, dim: int) -> torch.Tensor:
-    """[N] distances -> float32 [N, dim]: sines, then cosines, of frequencies 10000^(-2k / dim)."""
-    frequency = 10_000.0 ** (-torch.arange(0, dim, 2, device=distance.device, dtype=torch.float32) / dim)
-    phase = distance[:, None].float() * frequency
+    """[N] distances -> [N, dim] of their dtype: sines, then cosines, of frequencies 10000^(-2k / dim)."""
+    frequency = 10_000.0 ** (-torch.arange(0, dim, 2, device=distance.device, dtype=distance.dtype) / dim)
+    phase = distance[:, None] * frequency
     return torch.cat([phase.sin(), phase.cos()], dim=-1)

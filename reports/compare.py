@@ -102,9 +102,7 @@ def notes(comparison: Comparison) -> list[str]:
 
 def markdown(comparison: Comparison) -> str:
     """The table and its notes as Markdown."""
-    lines = [
-        [cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in table_lines(comparison)
-    ]
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in table_lines(comparison)]
     rule = ["---" if index < len(comparison.keys) else "---:" for index in range(len(lines[0]))]
     rows = [f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])]
     return "\n".join(rows) + "\n\n" + "\n".join(f"- {note}" for note in notes(comparison)) + "\n"
@@ -135,12 +133,8 @@ def compare_figure(comparison: Comparison) -> Figure:
         figure = style.new_figure(7.6, max(0.34, 0.16 * num_lines + 0.1) * len(rows) + 0.9)
         axes = figure.subplots()
         for index, row in enumerate(rows):
-            axes.plot(
-                [row.low, row.high], [index, index], color=style.SKY, linewidth=5, solid_capstyle="round"
-            )
-            axes.plot(
-                row.values, [index] * row.n, "o", color="white", markeredgecolor=style.MUTED, markersize=4
-            )
+            axes.plot([row.low, row.high], [index, index], color=style.SKY, linewidth=5, solid_capstyle="round")
+            axes.plot(row.values, [index] * row.n, "o", color="white", markeredgecolor=style.MUTED, markersize=4)
             axes.plot([row.mean], [index], "D", color=style.BLUE, markersize=6)
         axes.set_yticks(range(len(rows)), labels, fontsize=8)
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -153,9 +147,7 @@ def compare_figure(comparison: Comparison) -> Figure:
 
 def _row_label(row: Row, comparison: Comparison) -> str:
     """What tells the row apart, in lines of about 50 characters."""
-    names = {
-        key: "" if key == "experiment_name" else f"{_column(key, comparison)} " for key in comparison.keys
-    }
+    names = {key: "" if key == "experiment_name" else f"{_column(key, comparison)} " for key in comparison.keys}
     parts = [f"{name}{_cell(row.settings.get(key, MISSING))}" for key, name in names.items()]
     parts.append(f"{row.n} runs" if row.n > 1 else "1 run")
     return textwrap.fill(", ".join(map(style.label_text, parts)), 50)
@@ -206,9 +198,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--metric", help="a number of result.json (default: the headline score)")
     parser.add_argument("--by", metavar="KEY,KEY", help="group by these config keys alone")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE.md|.csv", help="write the table, a picture beside it"
-    )
+    parser.add_argument("--output", type=Path, metavar="FILE.md|.csv", help="write the table, a picture beside it")
     options = parser.parse_args(list(arguments))
     if options.output and options.output.suffix.lower() not in (".md", ".csv"):
         raise ReportError(f"--output {options.output}: the table is a .md or a .csv file")

@@ -79,9 +79,7 @@ class Comparison:
     averaged: list[str] = field(default_factory=list)
 
 
-def compare_runs(
-    paths: Sequence[str | Path], metric: str | None = None, by: Sequence[str] | None = None
-) -> Comparison:
+def compare_runs(paths: Sequence[str | Path], metric: str | None = None, by: Sequence[str] | None = None) -> Comparison:
     """Group the runs at or below `paths`; `metric` is a number of result.json, by default the headline score.
 
     Two runs belong together when their configs agree in all but seeds, `LOCAL_KEYS` and `LOCAL_GROUPS`,
@@ -121,11 +119,7 @@ def _rows(runs: Sequence[RunFolder], metric: str, settings: Mapping[str, Any]) -
     scored = [run for run in runs if _has_score(run, metric)]
     rows = []
     if scored:
-        speeds = [
-            run.result["tokens_per_second"]
-            for run in scored
-            if is_number(run.result.get("tokens_per_second"))
-        ]
+        speeds = [run.result["tokens_per_second"] for run in scored if is_number(run.result.get("tokens_per_second"))]
         rows.append(
             Row(
                 dict(settings),
@@ -169,9 +163,7 @@ def _choose_metric(runs: Sequence[RunFolder], metric: str | None) -> str:
     present = sorted({key for run in runs for key, value in flatten(run.result).items() if is_number(value)})
     if metric is None:
         headline = next(filter(None, (headline_metric(run.result) for run in runs)), None)
-        return (
-            headline.name if headline else "bpc"
-        )  # nothing has finished: every run is listed with its status
+        return headline.name if headline else "bpc"  # nothing has finished: every run is listed with its status
     if metric not in present:
         listed = ", ".join(present) or "none, no run has a result.json yet"
         raise ReportError(f"metric {metric!r}: no run has it; present are: {listed}")

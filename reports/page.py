@@ -51,9 +51,7 @@ summary { cursor: pointer; color: var(--blue); }
 def escape(value: Any) -> str:
     """The value as text that the page shows and never interprets; control characters become visible."""
     text = str(value)
-    shown = "".join(
-        character if character in "\n\t" or ord(character) >= 32 else "\ufffd" for character in text
-    )
+    shown = "".join(character if character in "\n\t" or ord(character) >= 32 else "\ufffd" for character in text)
     return html.escape(shown, quote=True)
 
 
@@ -97,9 +95,7 @@ def cards(items: Sequence[tuple[str, str, str]]) -> str:
 def picture(image: bytes, description: str, caption: str = "") -> str:
     """An inline PNG; on a narrow screen it keeps a readable size and scrolls sideways."""
     note = f"\n<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    width = (
-        int.from_bytes(image[16:20], "big") * 2 // 3
-    )  # pixels of the PNG header; shown small, sharp on a phone
+    width = int.from_bytes(image[16:20], "big") * 2 // 3  # pixels of the PNG header; shown small, sharp on a phone
     shown = f'<img src="{data_uri(image)}" width="{width}" alt="{escape(description)}">'
     return f'<figure><div class="scroll">{shown}</div>{note}</figure>'
 

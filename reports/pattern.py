@@ -148,6 +148,6 @@ def _default_output(run_dir: str | None) -> Path:
 
 
 if __name__ == "__main__":
-    from configs.cli import _outcome  # the wording of Hydra's composition errors
+    from configs.cli import outcome
 
-    sys.exit(_outcome(lambda: main(sys.argv[1:]), sys.argv[1:]))
+    sys.exit(outcome(lambda: main(sys.argv[1:])))

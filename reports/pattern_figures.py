@@ -27,9 +27,7 @@ MAX_BLOCKS = 128  # per side of a panel: more than its pixels can show
 SHARES = Normalize(vmin=1e-9, vmax=1.0)
 
 
-def attention_pattern_figure(
-    patterns: Sequence[Pattern], seq_len: int, *, title: str | None = None
-) -> Figure:
+def attention_pattern_figure(patterns: Sequence[Pattern], seq_len: int, *, title: str | None = None) -> Figure:
     """Which keys a query sees, one panel for every distinct head of every distinct layer, from layer 0 on.
 
     Neighbouring layers with equal patterns share their panels, as do heads with equal window and dilation. A
@@ -61,9 +59,7 @@ def attention_pattern_figure(
             all_heads = len(group.heads) == len(patterns[run[0]].window)
             heads = "all heads" if all_heads else index_label("head", group.heads)
             dilation = f", dilation {group.dilation}" if group.dilation > 1 else ""
-            axes.set_title(
-                f"{layers}, {heads}\nwindow {group.window:,}{dilation}", fontsize=7.5, fontweight="normal"
-            )
+            axes.set_title(f"{layers}, {heads}\nwindow {group.window:,}{dilation}", fontsize=7.5, fontweight="normal")
         figure.supxlabel("key position\n" + _panel_note(patterns, seq_len, block), fontsize=9)
         figure.supylabel("query position", fontsize=9)
         if title:
@@ -98,9 +94,7 @@ def _draw_panel(axes: Axes, pattern: Pattern, group: HeadGroup, seq_len: int, bl
     axes.tick_params(length=2)
     if block > 1 and group.dilation > 1:
         crop = min(6 * group.dilation, 64, seq_len)
-        low, size = (
-            (0.56, 0.42) if pattern.causal else (0.69, 0.29)
-        )  # in the corner that the band leaves free
+        low, size = (0.56, 0.42) if pattern.causal else (0.69, 0.29)  # in the corner that the band leaves free
         inset = axes.inset_axes((low, low, size, size))
         _draw_mask(inset, block_shares(group, causal=pattern.causal, block=1, num_blocks=crop), extent=None)
         inset.set(xticks=[], yticks=[])
@@ -110,9 +104,7 @@ def _draw_panel(axes: Axes, pattern: Pattern, group: HeadGroup, seq_len: int, bl
 
 
 def _draw_mask(axes: Axes, shares: np.ndarray, extent: tuple[float, float, float, float] | None) -> None:
-    axes.imshow(
-        shares, cmap=style.SHARE_MAP, norm=SHARES, extent=extent, interpolation="nearest", aspect="equal"
-    )
+    axes.imshow(shares, cmap=style.SHARE_MAP, norm=SHARES, extent=extent, interpolation="nearest", aspect="equal")
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(True)
@@ -203,9 +195,7 @@ def phase_figure(phases: Mapping[str, Sequence[Pattern]]) -> Figure:
         width = max(1.0, 0.085 * length + 0.25, *(0.08 * len(label) + 0.2 for label in labels))
         figure = style.new_figure(width * len(labels) + 1.2, max(2.4, 0.25 * len(widest) + 1.1))
         axes = figure.subplots()
-        axes.imshow(
-            shown, cmap=style.VALUE_MAP, norm=norm, aspect="auto", interpolation="nearest", origin="lower"
-        )
+        axes.imshow(shown, cmap=style.VALUE_MAP, norm=norm, aspect="auto", interpolation="nearest", origin="lower")
         for column, lines in enumerate(texts):
             for row, text in enumerate(lines):
                 color = "white" if norm(shown[row, column]) > 0.6 else style.INK
@@ -227,9 +217,7 @@ def _cell_text(pattern: Pattern) -> str:
     return span(pattern.window) + "".join(f" ×{dilation}" for dilation in dilated)
 
 
-def receptive_field_figure(
-    phases: Mapping[str, Sequence[Pattern]], lengths: Mapping[str, int] | None = None
-) -> Figure:
+def receptive_field_figure(phases: Mapping[str, Sequence[Pattern]], lengths: Mapping[str, int] | None = None) -> Figure:
     """Receptive field after every layer, a line a phase, with `lengths` (label -> positions) drawn across.
 
     Open circles mark the layers after which dilation leaves positions inside the field that no path reaches.
@@ -245,18 +233,14 @@ def receptive_field_figure(
         any_dead = False
         for (label, field), shade in zip(fields.items(), shades, strict=True):
             color = style.BLUE if len(fields) == 1 else shade
-            axes.plot(
-                range(num_layers)[: len(field)], field, marker="o", markersize=4, color=color, label=label
-            )
+            axes.plot(range(num_layers)[: len(field)], field, marker="o", markersize=4, color=color, label=label)
             dead = [layer for layer in range(len(field)) if has_dead(phases[label][: layer + 1])]
             any_dead = any_dead or bool(dead)
             hollow = {"marker": "o", "linestyle": "none", "markersize": 4, "markerfacecolor": "white"}
             axes.plot(dead, [field[layer] for layer in dead], color=color, zorder=3, **hollow)
         if any_dead:
             axes.plot([], [], color=style.MUTED, label="with positions no path reaches", **hollow)
-        for (label, value), color in zip(
-            lengths.items(), (style.RED, style.GREEN, style.PURPLE), strict=False
-        ):
+        for (label, value), color in zip(lengths.items(), (style.RED, style.GREEN, style.PURPLE), strict=False):
             axes.axhline(value, color=color, linestyle="--", linewidth=1.4, label=f"{label}: {value:,}")
         axes.set_yscale("log", base=2)
         axes.set_ylim(max(0.7, min(max(field[0], 1) for field in fields.values()) * 0.7), highest * 1.6)

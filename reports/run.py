@@ -46,9 +46,7 @@ MAX_SAMPLES = 10
 MAX_DRAWN = 32_768  # positions of the longest row drawn in the attention pattern
 
 
-def write_report(
-    run_dir: str | os.PathLike[str], patterns: Sequence[Sequence[Pattern]] | None = None
-) -> Path:
+def write_report(run_dir: str | os.PathLike[str], patterns: Sequence[Sequence[Pattern]] | None = None) -> Path:
     """Write `report.html` and `plots/` into a run folder and return the path of the page.
 
     `patterns` holds one list of layers for every phase of the schedule. Files that are missing or broken
@@ -102,9 +100,7 @@ def _named_phases(run: RunFolder, patterns: Sequence[Sequence[Pattern]]) -> dict
 
 def _state_line(run: RunFolder) -> str:
     status = {key: value for key, value in run.status.items() if key != "status" and value not in (None, "")}
-    shown = " · ".join(
-        f"{key} {value}" for key, value in status.items() if not isinstance(value, dict | list)
-    )
+    shown = " · ".join(f"{key} {value}" for key, value in status.items() if not isinstance(value, dict | list))
     state = f'<span class="state">{page.escape(run.state)}</span>'
     name = run.path.absolute().name
     return f'<p>{state} <span class="muted">{page.escape(name)} {page.escape(shown)}</span></p>'
@@ -196,9 +192,7 @@ def _training(run: RunFolder) -> str:
 
 def _attention(run: RunFolder, phases: Mapping[str, Sequence[Pattern]]) -> list[str]:
     if not phases:
-        text = (
-            "No attention patterns were given, or the model has none; `python -m reports.run` rebuilds them."
-        )
+        text = "No attention patterns were given, or the model has none; `python -m reports.run` rebuilds them."
         return [page.section("Attention", page.paragraph(text))]
     settings, last = _phase_settings(run), list(phases.values())[-1]
     length = settings[-1].get("seq_len") if settings else None
@@ -224,12 +218,8 @@ def _attention(run: RunFolder, phases: Mapping[str, Sequence[Pattern]]) -> list[
     field = receptive_field_figure(phases, lengths)
     return [
         page.section("Window and dilation by layer", *windows),
-        page.section(
-            "Attention pattern", _plot(run, "pattern", pattern, "keys every query sees", pattern_caption)
-        ),
-        page.section(
-            "Receptive field", _plot(run, "receptive_field", field, "reach by layer", field_caption)
-        ),
+        page.section("Attention pattern", _plot(run, "pattern", pattern, "keys every query sees", pattern_caption)),
+        page.section("Receptive field", _plot(run, "receptive_field", field, "reach by layer", field_caption)),
     ]
 
 

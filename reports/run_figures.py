@@ -75,9 +75,7 @@ def training_figure(
         if len(steps):
             top.plot(steps[thin], smoothed[thin], color=style.BLUE, label="training")
         if len(valid_steps):
-            top.plot(
-                valid_steps, valid_values, "o", color=style.RED, markersize=5, label="validation", zorder=4
-            )
+            top.plot(valid_steps, valid_values, "o", color=style.RED, markersize=5, label="validation", zorder=4)
             best = int(np.argmin(valid_values))
             point = (valid_steps[best], valid_values[best])
             # left of the point: the best value tends to stand at the right border
@@ -109,9 +107,7 @@ def _limit_top(axes: Axes, smoothed: np.ndarray, valid: np.ndarray) -> None:
     axes.set_ylim(low - room, high + 3 * room)
 
 
-def _shade_phases(
-    top: Axes, bottom: Axes, spans: Mapping[int, tuple[float, float]], labels: Mapping[int, str]
-) -> None:
+def _shade_phases(top: Axes, bottom: Axes, spans: Mapping[int, tuple[float, float]], labels: Mapping[int, str]) -> None:
     if not spans:
         return
     total = max(end for _, end in spans.values()) or 1.0

@@ -57,9 +57,7 @@ def read_run(path: str | Path, *, history: bool = True) -> RunFolder:
     run.config_text = _text(run, CONFIG)
     run.config = _config(run)
     run.overrides = [line.strip() for line in _text(run, "overrides.txt").splitlines() if line.strip()]
-    run.env, run.status, run.result = (
-        _json(run, name) for name in ("env.json", "status.json", "result.json")
-    )
+    run.env, run.status, run.result = (_json(run, name) for name in ("env.json", "status.json", "result.json"))
     if not history:
         return run
     _read_metrics(run)
@@ -78,9 +76,7 @@ def find_runs(path: str | Path) -> list[Path]:
     path = Path(path)
     runs = list(_walk(path)) if path.is_dir() else []
     if not runs:
-        what = (
-            f"neither is a run folder nor holds one (no {CONFIG} in it)" if path.is_dir() else "is no folder"
-        )
+        what = f"neither is a run folder nor holds one (no {CONFIG} in it)" if path.is_dir() else "is no folder"
         raise ReportError(f"{path} {what}; give run folders of train.py or a folder that holds some")
     return runs
 

@@ -24,9 +24,7 @@ SERIES = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 INK, MUTED, PALE = "#222222", "#6b7280", "#e5e7eb"
 
 # nothing seen is white, and the smallest share is already a visible tint
-SHARE_MAP = LinearSegmentedColormap.from_list("share", ["#b9d7ec", "#4a97c9", "#00456f"]).with_extremes(
-    under="white"
-)
+SHARE_MAP = LinearSegmentedColormap.from_list("share", ["#b9d7ec", "#4a97c9", "#00456f"]).with_extremes(under="white")
 VALUE_MAP = LinearSegmentedColormap.from_list("value", ["#eef5fa", "#7fb6d9", "#0b5a8c"])
 
 _RC = {

@@ -115,7 +115,9 @@ class CharLMTask:
             rows = np.stack([text[first : last + 1] for first, _, last in batch]).astype(np.int64)
             rows = torch.from_numpy(rows).to(device)
             logits = model(rows[:, :-1])[:, start - begin :]
-            nats = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1 + start - begin :].flatten(), reduction="none")
+            nats = F.cross_entropy(
+                logits.float().flatten(0, 1), rows[:, 1 + start - begin :].flatten(), reduction="none"
+            )
             total += torch.tensor([nats.double().sum().item(), nats.numel()], dtype=torch.float64)
             progress(int(total[1]), mine)
         model.train(was_training)
@@ -153,15 +155,15 @@ class CharLMTask:
         return bytes(ids.tolist()).decode("utf-8", errors="replace")
 
 
-def scoring_spans(
-    num_targets: int, *, context: int, stride: int, receptive_field: int
-) -> list[tuple[int, int, int]]:
+def scoring_spans(num_targets: int, *, context: int, stride: int, receptive_field: int) -> list[tuple[int, int, int]]:
     """(begin, start, end): positions begin..end - 1 are read, start..end - 1 scored; together each position once.
 
     The paper's windows are `context` long and `stride` apart and their last `stride` positions count; the first
     window counts whole, and what is left at the end is scored by one more window. A model that looks back
     `receptive_field` characters gives the same logits from a window cut to that many before the scored ones.
     """
+    if stride > context:
+        raise ValueError(f"a stride of {stride} leaves gaps between windows with a context of {context}")
     if receptive_field <= context - stride:
         starts = range(0, num_targets, stride)
         return [(max(0, start - receptive_field), start, min(start + stride, num_targets)) for start in starts]

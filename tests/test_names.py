@@ -1,4 +1,4 @@
-"""Names and arrows: our packages win on import, imports follow the architecture, public names have docstrings."""
+"""Our packages win on import, imports follow the arrows of the architecture, public names have docstrings."""
 
 import ast
 import importlib
@@ -19,8 +19,7 @@ ARROWS = {
     "tasks": {"models", "data"},
     "benchmarks": {"kernels", "models"},
     "reports": {"configs", "tasks", "models", "data", "kernels", "training"},
-    # the run's typed config names the parts it builds, so it may reach them, but only when it builds
-    "configs": {"data", "models", "tasks", "training"},
+    "configs": set(),  # what a config names is imported when it is built
 }
 TRANSFORMERS_PLACES = {"models/hf.py", "benchmarks/peers.py"}
 WANDB_PLACE = "training/tracking.py"
@@ -59,8 +58,6 @@ def imports_of(name: str, *, at_module_level: bool = False) -> set[str]:
 
 @pytest.mark.parametrize("package", ARROWS)
 def test_our_package_is_the_one_imported(package):
-    if not (ROOT / package).is_dir():
-        pytest.skip(f"{package}/ does not exist yet")
     module = importlib.import_module(package)
     assert module.__file__ is not None, f"{package}/__init__.py is missing: an installed package would win"
     assert Path(module.__file__).is_relative_to(ROOT)
@@ -101,8 +98,6 @@ def test_imports_follow_the_arrows(package):
 
 
 def test_schema_imports_nothing_of_ours_at_module_level():
-    if not (ROOT / "configs/schema.py").exists():
-        pytest.skip("configs/schema.py does not exist yet")
     assert not imports_of("configs/schema.py", at_module_level=True) & set(ARROWS)
 
 

@@ -42,9 +42,7 @@ def save_checkpoint(
     Raises ResourceError where the disk is full or not writable; what was there before stays as it was.
     """
     if keep < 2:
-        raise ValueError(
-            f"keep must be at least 2, so that a damaged newest checkpoint costs one, got {keep}"
-        )
+        raise ValueError(f"keep must be at least 2, so that a damaged newest checkpoint costs one, got {keep}")
     folder = Path(run_dir) / "checkpoints"
     final = folder / f"step-{step}"
     temporary = temporary_beside(final)
@@ -115,9 +113,7 @@ def load_checkpoint(
     tensors = read_model(path / MODEL, model, map_location)
     if optimizer is not None:
         if saved["optimizer"] is None:
-            raise CheckpointError(
-                f"{path} holds no optimizer state; it can be evaluated, not trained further"
-            )
+            raise CheckpointError(f"{path} holds no optimizer state; it can be evaluated, not trained further")
         state = {"tensors": read_all(path / OPTIMIZER, map_location), "values": saved["optimizer"]}
         try:
             optimizer.load_state_dict(state)
@@ -142,8 +138,7 @@ def verify_files(path: Path) -> dict[str, Any]:
         found = _sha256(path / name)
         if found != entry["sha256"]:
             raise CheckpointError(
-                f"{path / name} is damaged: sha256 {found}, expected {entry['sha256']}. "
-                "Use an older checkpoint."
+                f"{path / name} is damaged: sha256 {found}, expected {entry['sha256']}. Use an older checkpoint."
             )
     return manifest
 
@@ -167,9 +162,7 @@ def _write(folder: Path, step: int, model: nn.Module, optimizer: Any, state: Map
     for file in folder.iterdir():
         os.chmod(file, 0o666 & ~_umask())  # safetensors writes 0600 whatever the umask says
         sync(file)
-    files = {
-        file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())
-    }
+    files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
     write_json(folder / MANIFEST, {"format": FORMAT, "step": step, "files": files})
     sync(folder)
 
@@ -220,14 +213,10 @@ def _check_sizes(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}; expected a folder such as checkpoints/step-1000")
     if not (path / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{path} is not a complete checkpoint: it has no {MANIFEST}, the file written last"
-        )
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MANIFEST}, the file written last")
     manifest = _read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path / MANIFEST}: format {manifest.get('format')!r}, this code reads {FORMAT}"
-        )
+        raise CheckpointError(f"{path / MANIFEST}: format {manifest.get('format')!r}, this code reads {FORMAT}")
     files = manifest.get("files", {})
     missing = {MODEL, RNG, STATE} - files.keys()
     if missing:
@@ -240,9 +229,7 @@ def _check_sizes(path: Path) -> dict[str, Any]:
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != entry["size"]:
             state = "is missing" if found is None else f"has {found:,} bytes"
-            raise CheckpointError(
-                f"{path / name} {state}, expected {entry['size']:,} bytes. Use an older checkpoint."
-            )
+            raise CheckpointError(f"{path / name} {state}, expected {entry['size']:,} bytes. Use an older checkpoint.")
     return manifest
 
 

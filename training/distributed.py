@@ -103,9 +103,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     if device == "cpu" or (device == "auto" and count == 0):
         return torch.device("cpu")
     if count == 0:
-        raise ResourceError(
-            "device=cuda, but this machine has no usable CUDA GPU; use device=cpu or device=auto"
-        )
+        raise ResourceError("device=cuda, but this machine has no usable CUDA GPU; use device=cpu or device=auto")
     if local_rank >= count:
         raise ResourceError(
             f"process {local_rank} of this machine has no GPU of its own: {count} found. Start at most "

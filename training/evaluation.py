@@ -22,7 +22,7 @@ def evaluate(
     settings: Mapping[str, Any],
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """`task.evaluate` in a resolved precision, its work shared by the processes; `show` gets a line every few seconds."""
+    """`task.evaluate` in a resolved precision, shared by the processes; `show` gets a line every few seconds."""
     started = reported = time.monotonic()
 
     def progress(done: int, total: int) -> None:

@@ -168,9 +168,7 @@ def build_optimizer(
     roles = parameter_roles(model, head_names)
     trainable = {key: value for key, value in model.named_parameters() if key in roles}
     by_muon = {
-        key: value
-        for key, value in trainable.items()
-        if name == "muon" and roles[key] == "matrix" and value.ndim == 2
+        key: value for key, value in trainable.items() if name == "muon" and roles[key] == "matrix" and value.ndim == 2
     }
     by_adamw = {key: value for key, value in trainable.items() if key not in by_muon}
     members = {}

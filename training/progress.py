@@ -22,9 +22,7 @@ class ProgressReporter:
     a line, so call it once per logging interval.
     """
 
-    def __init__(
-        self, total_steps: int, num_phases: int, enabled: bool = True, console: Console | None = None
-    ):
+    def __init__(self, total_steps: int, num_phases: int, enabled: bool = True, console: Console | None = None):
         self._total = total_steps
         self._num_phases = num_phases
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)

@@ -35,9 +35,7 @@ def create_run_dir(root: str | Path, name: str) -> Path:
                 path.mkdir()
                 break
     except OSError as error:
-        raise RunDirError(
-            f"no run folder can be made in {parent}: {error}. Choose another run_dir."
-        ) from error
+        raise RunDirError(f"no run folder can be made in {parent}: {error}. Choose another run_dir.") from error
     point_link(parent / "latest", path.name)
     return path
 

@@ -85,9 +85,7 @@ def read_model(path: Path, model: nn.Module, device: str | torch.device) -> dict
             header = file.get_slice(key)
             found[key] = (DTYPES.get(header.get_dtype(), header.get_dtype()), tuple(header.get_shape()))
         found.update({alias: found[key] for alias, key in aliases.items() if key in found})
-        expected = {
-            key: (str(value.dtype).removeprefix("torch."), tuple(value.shape)) for key, value in own.items()
-        }
+        expected = {key: (str(value.dtype).removeprefix("torch."), tuple(value.shape)) for key, value in own.items()}
         check_tensors(path, found, expected)
         by_name = {key: file.get_tensor(key) for key in {aliases.get(key, key) for key in own}}
     tensors = {key: by_name[aliases.get(key, key)] for key in own}
@@ -109,9 +107,7 @@ def check_tensors(path: Path, found: dict[str, tuple], expected: dict[str, tuple
         if name not in found:
             close = difflib.get_close_matches(name, unknown, n=1)
             nearest = f"  (nearest in the file: {close[0]})" if close else ""
-        rows.append(
-            f"  {name}: found {_show(found.get(name))}, expected {_show(expected.get(name))}{nearest}"
-        )
+        rows.append(f"  {name}: found {_show(found.get(name))}, expected {_show(expected.get(name))}{nearest}")
     if not rows:
         return
     more = [f"  ... and {len(rows) - MAX_ROWS} more"] if len(rows) > MAX_ROWS else []
@@ -125,9 +121,7 @@ def check_tensors(path: Path, found: dict[str, tuple], expected: dict[str, tuple
 def _check_ties(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for alias, name in tied_names(model).items():
         if tensors[alias] is not tensors[name] and not torch.equal(tensors[alias], tensors[name]):
-            raise CheckpointError(
-                f"{path}: {alias} and {name} differ, expected one tensor: the model ties them"
-            )
+            raise CheckpointError(f"{path}: {alias} and {name} differ, expected one tensor: the model ties them")
 
 
 def _show(entry: tuple | None) -> str:

@@ -66,13 +66,9 @@ class Tracker:
         self._board: _TensorBoard | None = None
         path = self._run_dir.path
         if wandb is not None and wandb.get("mode", "offline") != "disabled":
-            self._guard(
-                "_wandb", lambda _: setattr(self, "_wandb", _Wandb(path, wandb, config, name)), start=True
-            )
+            self._guard("_wandb", lambda _: setattr(self, "_wandb", _Wandb(path, wandb, config, name)), start=True)
         if tensorboard:
-            self._guard(
-                "_board", lambda _: setattr(self, "_board", _TensorBoard(path, resume_step)), start=True
-            )
+            self._guard("_board", lambda _: setattr(self, "_board", _TensorBoard(path, resume_step)), start=True)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Record numbers at `step`; names are grouped by a slash ("train/loss")."""
@@ -105,9 +101,7 @@ class Tracker:
         try:
             action(sink)
         except Exception as error:  # a sink is somebody else's code: no failure in it may stop training
-            title = {"_wandb": "Weights & Biases", "_board": "TensorBoard", "_file": "metrics.jsonl"}[
-                attribute
-            ]
+            title = {"_wandb": "Weights & Biases", "_board": "TensorBoard", "_file": "metrics.jsonl"}[attribute]
             reason = " ".join(str(error).split())[:300]
             log.warning("%s is off for this run: %s: %s", title, type(error).__name__, reason)
             setattr(self, attribute, None)
@@ -133,9 +127,7 @@ class _Wandb:
             self._restore_environment()
             raise
 
-    def _start(
-        self, run_dir: Path, mode: str, options: Mapping[str, Any], config: Mapping[str, Any], name: str
-    ) -> Any:
+    def _start(self, run_dir: Path, mode: str, options: Mapping[str, Any], config: Mapping[str, Any], name: str) -> Any:
         return self._module.init(
             dir=str(run_dir),
             mode=mode,

@@ -74,7 +74,8 @@ def window_attention(
         raise NotImplementedError("impl='triton': the window kernels are not built yet, use 'auto' or 'blocked'")
     if impl == "auto":
         impl = "blocked"
-        _say_once(impl, "the fastest path on this device that has every feature asked for")
+        if not torch.compiler.is_compiling():
+            _say_once(impl, "the fastest path on this device that has every feature asked for")
     if query.numel() == 0:
         return torch.zeros_like(query)
     compute = reference.window_attention if impl == "reference" else blocked.window_attention
@@ -129,4 +130,6 @@ def _check_positions(position_query, position_key, query, pattern):
     columns = max(pattern.window) * (1 if pattern.causal else 2) + 1
     expected = (pattern.num_heads, columns, query.shape[-1])
     if tuple(position_key.shape) != expected:
-        raise ValueError(f"position_key must be {expected} (heads, window columns, head dim), {tuple(position_key.shape)}")
+        raise ValueError(
+            f"position_key must be {expected} (heads, window columns, head dim), {tuple(position_key.shape)}"
+        )

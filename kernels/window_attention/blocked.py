@@ -4,14 +4,19 @@ Heads with the same window and dilation are computed together. A dilation d spli
 classes, each an undilated window problem on every d-th token, so a dilated head costs what an undilated one does.
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels.window_attention.pattern import WindowPattern
 
-# bytes of overlapping keys (the gradient of the view, a real copy) that one SDPA call may cause: bounds the extra memory
+# bytes of overlapping keys (the gradient of the view, a real copy) that one call may cause: bounds the extra memory
 CHUNK_BYTES = 16 * 2**20
+# bytes of explicit scores or masks kept for the backward pass; beyond it they are made again, a chunk at a time
+KEEP_BYTES = 256 * 2**20
 
 
 def window_attention(
@@ -65,27 +70,19 @@ def _head_group(query, key, value, position_query, position_key, valid, *, windo
     """Heads of one window and dilation, [B, T, H, D] -> [B, T, H, D]."""
     batch, seq_len, num_heads, _ = query.shape
     dilation = min(dilation, seq_len)  # a larger one leaves each token alone in its class too
-    inputs = [query, key, value]
-    if position_query is not None:
-        inputs.append(position_query)
     if valid is not None:
-        inputs.append(valid[:, :, None, None].expand(-1, -1, num_heads, 1))
-    # a list of one or two groups of residue classes, equal in length within a group
-    grouped = zip(*(_split_residues(tensor, dilation) for tensor in inputs), strict=True)
+        valid = valid[:, :, None, None].expand(-1, -1, num_heads, 1)
+    by_name = {"query": query, "key": key, "value": value, "position_query": position_query, "valid": valid}
+    split = {name: _split_residues(tensor, dilation) for name, tensor in by_name.items() if tensor is not None}
     outputs = []
-    for group in grouped:
-        problems = [tensor.flatten(0, 2) for tensor in group]  # [P, N, D], P = B * classes * H
-        query, key, value, *rest = problems
-        steps = min(window, query.shape[1] - 1)  # what a window sees beyond the ends does not exist
-        valid_rows = rest.pop()[..., 0] if valid is not None else None
-        columns = None
-        if position_query is not None:
+    for group in range(len(split["query"])):
+        # [P, N, D] with P = B * classes * H problems of one length
+        problems = _Problems(**{name: groups[group].flatten(0, 2) for name, groups in split.items()})
+        steps = min(window, problems.query.shape[1] - 1)  # what a window sees beyond the ends does not exist
+        if position_key is not None:
             columns = position_key[:, window - steps : window + 1 + (0 if causal else steps)]
-            columns = columns.repeat(query.shape[0] // num_heads, 1, 1)  # [P, columns, D]
-            rest = rest[0]
-        out = _windows(
-            query, key, value, rest if columns is not None else None, columns, valid_rows, steps, causal, scale
-        )
+            problems = problems._replace(position_key=columns.repeat(len(problems.query) // num_heads, 1, 1))
+        out = _windows(problems, steps, 0 if causal else steps, scale)
         outputs.append(out.view(batch, -1, num_heads, *out.shape[1:]))
     return _join_residues(outputs, seq_len, dilation)
 
@@ -116,65 +113,86 @@ def _join_residues(groups, seq_len, dilation):
     return torch.cat([main, groups[0][..., length, :]], dim=1)
 
 
-def _windows(query, key, value, position_query, position_key, valid, window, causal, scale):
-    """Undilated windows over P independent problems: [P, N, D] -> [P, N, D]."""
-    num_problems, seq_len, head_dim = query.shape
-    right = 0 if causal else window
-    block = _block_size(seq_len, window, right)
-    num_blocks = -(-seq_len // block)
-    tail = num_blocks * block - seq_len
-    span = block + window + right  # keys a block of queries touches
-    pad = (0, 0, window, right + tail)
-    key, value = F.pad(key, pad), F.pad(value, pad)
-    if tail:
-        query = F.pad(query, (0, 0, 0, tail))
-        position_query = None if position_query is None else F.pad(position_query, (0, 0, 0, tail))
-        valid = None if valid is None else F.pad(valid, (0, tail))
+class _Problems(NamedTuple):
+    """P independent problems of one length N: [P, N, D] each, position_key [P, columns, D], valid bool [P, N, 1]."""
 
-    ranges = _block_ranges(seq_len, window, right, block, num_blocks)
-    masks = [_band(first, last, seq_len, window, right, block, query) for first, last in ranges]
-    per_problem = num_blocks * span * head_dim * query.element_size()
-    chunk = max(1, min(num_problems, CHUNK_BYTES // per_problem))
-    optional = [tensor.split(chunk) if tensor is not None else None for tensor in (position_query, position_key, valid)]
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    position_query: torch.Tensor | None = None
+    position_key: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+
+    def split(self, size):
+        """The same in parts of at most `size` problems."""
+        parts = [(None,) * -(-len(self.query) // size) if t is None else t.split(size) for t in self]
+        return [_Problems(*part) for part in zip(*parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks of queries over a sequence; each touches `span` keys, from `left` before its first row."""
+
+    seq_len: int
+    left: int
+    right: int
+    block: int
+
+    @property
+    def num_blocks(self):
+        return -(-self.seq_len // self.block)
+
+    @property
+    def tail(self):
+        """Rows the last block has beyond the sequence."""
+        return self.num_blocks * self.block - self.seq_len
+
+    @property
+    def span(self):
+        return self.left + self.block + self.right
+
+    def ranges(self, most):
+        """Blocks by mask, at most `most` together: those that touch the start, those with the plain band, the end."""
+        first = min(-(-self.left // self.block), self.num_blocks)
+        last = min(max(first, (self.seq_len - self.right) // self.block), self.num_blocks)
+        bounds = sorted({0, first, last, self.num_blocks, *range(first, last, most)})
+        return list(zip(bounds, bounds[1:], strict=False))
+
+    def band(self, first, last, like):
+        """Additive mask [1, blocks or 1, block, span] of a range of blocks: 0 where a key is seen, -inf elsewhere."""
+        interior = first * self.block >= self.left and last * self.block + self.right <= self.seq_len
+        starts = torch.arange(first, first + 1 if interior else last, device=like.device)[:, None, None] * self.block
+        rows = starts + torch.arange(self.block, device=like.device)[:, None]
+        cols = starts - self.left + torch.arange(self.span, device=like.device)  # [blocks, 1, span]
+        seen = (cols >= rows - self.left) & (cols <= rows + self.right) & (cols >= 0) & (cols < self.seq_len)
+        seen |= cols == rows  # rows past the end see their own zeros: a row without keys has no softmax
+        return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))[None]
+
+
+def _windows(problems, left, right, scale):
+    """Undilated windows: problems of length N -> [P, N, D]."""
+    num_problems, seq_len, head_dim = problems.query.shape
+    blocks = _Blocks(seq_len, left, right, _block_size(seq_len, left + right))
+    element = problems.query.element_size()
+    bytes_per_block = blocks.span * head_dim * element
+    chunk = max(1, min(num_problems, CHUNK_BYTES // (blocks.num_blocks * bytes_per_block)))
+    ranges = blocks.ranges(max(1, CHUNK_BYTES // (chunk * bytes_per_block)))
+    masks = [blocks.band(first, last, problems.query) for first, last in ranges]
+    scores_bytes = num_problems * blocks.num_blocks * blocks.block * blocks.span * element
+    kept = _explicit(problems) or problems.valid is not None
+    recompute = kept and scores_bytes > KEEP_BYTES and torch.is_grad_enabled()
     outputs = []
-    for index, parts in enumerate(zip(query.split(chunk), key.split(chunk), value.split(chunk), strict=True)):
-        extras = [None if pieces is None else pieces[index] for pieces in optional]
-        if position_query is None:
-            out = _attend_blocks(*parts, *extras, ranges, masks, block, window, span, scale)
-        else:  # scores with a gradient of their own leave the fused path: do not keep them for the backward pass
-            out = checkpoint(
-                _attend_blocks, *parts, *extras, ranges, masks, block, window, span, scale, use_reentrant=False
-            )
-        outputs.append(out)
-    out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    return out[:, :seq_len]
+    for part in problems.split(chunk):
+        if recompute:
+            outputs.append(checkpoint(_attend_blocks, part, blocks, ranges, masks, scale, use_reentrant=False))
+        else:
+            outputs.append(_attend_blocks(part, blocks, ranges, masks, scale))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _block_size(seq_len, window, right):
-    """Queries a block: near the window keeps the masked share of the score tile near a half."""
-    reach = window + right
-    if seq_len <= 64:
-        return seq_len
-    return min(seq_len, max(32, min(256, 1 << max(reach // 2 - 1, 1).bit_length())))
-
-
-def _block_ranges(seq_len, window, right, block, num_blocks):
-    """Blocks by mask: those that touch the start, those that need the plain band alone, those that touch the end."""
-    first = min(-(-window // block), num_blocks)
-    last = max(first, (seq_len - right) // block)
-    bounds = sorted({0, first, min(last, num_blocks), num_blocks})
-    return list(zip(bounds, bounds[1:], strict=False))
-
-
-def _band(first, last, seq_len, window, right, block, like):
-    """Additive mask [1, blocks or 1, block, span] of a range of blocks: 0 where a key is seen, -inf elsewhere."""
-    interior = first * block >= window and last * block + right <= seq_len
-    starts = torch.arange(first, first + 1 if interior else last, device=like.device)[:, None, None] * block
-    rows = starts + torch.arange(block, device=like.device)[:, None]
-    cols = starts - window + torch.arange(block + window + right, device=like.device)  # [blocks, 1, span]
-    seen = (cols >= rows - window) & (cols <= rows + right) & (cols >= 0) & (cols < seq_len)
-    seen |= cols == rows  # rows past the end see their own zeros: a row without keys has no softmax
-    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))[None]
+def _block_size(seq_len, reach):
+    """Queries a block: half of what they see, so that about a third of the score tile is masked, within 64 to 256."""
+    return min(seq_len, max(64, min(256, 1 << max(reach // 2 - 1, 1).bit_length())))
 
 
 class _OverlappingBlocks(torch.autograd.Function):
@@ -204,36 +222,44 @@ class _OverlappingBlocks(torch.autograd.Function):
         return total.flatten(1, 2)[:, :length], None, None, None
 
 
-def _attend_blocks(query, key, value, position_query, position_key, valid, ranges, masks, block, window, span, scale):
-    """[P, blocks * block, D] queries against padded keys and values; one SDPA call a range."""
-    num_problems, _, head_dim = query.shape
-    query = query.view(num_problems, -1, block, head_dim)
-    key_views = _OverlappingBlocks.apply(key, ranges, block, span)
-    value_views = _OverlappingBlocks.apply(value, ranges, block, span)
+def _attend_blocks(problems, blocks, ranges, masks, scale):
+    """Some of the problems, padded to whole blocks, one range of blocks at a time: [P, N, D]."""
+    keys_pad, rows_pad = (0, 0, blocks.left, blocks.right + blocks.tail), (0, 0, 0, blocks.tail)
+    query = F.pad(problems.query, rows_pad).unflatten(1, (-1, blocks.block))  # [P, blocks, block, D]
+    key_views = _OverlappingBlocks.apply(F.pad(problems.key, keys_pad), ranges, blocks.block, blocks.span)
+    value_views = _OverlappingBlocks.apply(F.pad(problems.value, keys_pad), ranges, blocks.block, blocks.span)
     outputs = []
     for (first, last), mask, keys, values in zip(ranges, masks, key_views, value_views, strict=True):
-        if valid is not None:
-            mask = _mask_invalid(mask, valid, first, last, block, window, span)
-        queries = query[:, first:last]
-        if position_query is None:
-            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-        else:
-            rows = position_query.view(num_problems, -1, block, head_dim)[:, first:last]
-            scores = queries @ keys.transpose(-1, -2) + _skew(rows @ position_key[:, None].transpose(-1, -2), span)
-            out = torch.softmax(scores * scale + mask, dim=-1) @ values
-        outputs.append(out)
-    out = (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]).flatten(1, 2)
-    return out if valid is None else out.masked_fill(~valid[..., None], 0.0)
+        if problems.valid is not None:
+            mask = _mask_invalid(mask, problems.valid[..., 0], first, last, blocks)
+        rows = query[:, first:last]
+        if not _explicit(problems):
+            outputs.append(F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale))
+            continue
+        scores = (rows * scale) @ keys.transpose(-1, -2) + mask  # [P, blocks, block, span]
+        if problems.position_query is not None:
+            rows = F.pad(problems.position_query, rows_pad).unflatten(1, (-1, blocks.block))[:, first:last] * scale
+            scores = scores + _skew(rows @ problems.position_key[:, None].transpose(-1, -2), blocks.span)
+        outputs.append(torch.softmax(scores, dim=-1) @ values)
+    out = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+    out = out.flatten(1, 2)[:, : blocks.seq_len]
+    return out if problems.valid is None else out.masked_fill(~problems.valid, 0.0)
 
 
-def _mask_invalid(mask, valid, first, last, block, window, span):
-    """Add the key mask to a band: [P, blocks, block, span]. A row keeps its own key, for a softmax needs one."""
-    right = span - block - window
-    padded = F.pad(valid, (window, right))
-    keys = padded.unfold(1, span, block)[:, first:last, None]  # [P, blocks, 1, span]
-    row = torch.arange(block, device=valid.device)[:, None]
-    own = torch.arange(span, device=valid.device) == row + window
-    return mask.masked_fill(~(keys | own), float("-inf"))
+def _explicit(problems):
+    """Whether scores are computed in the open: SDPA has no gradient for a bias on its fused path, and in half
+    precision its backward pass takes two to three times as long on a CPU.
+    """
+    half = problems.query.dtype in (torch.bfloat16, torch.float16)
+    return problems.position_query is not None or (half and problems.query.device.type == "cpu")
+
+
+def _mask_invalid(mask, valid, first, last, blocks):
+    """Add the key mask [P, N] to a band: [P, blocks, block, span]. A row keeps its own key, for a softmax needs one."""
+    keys = F.pad(valid, (blocks.left, blocks.right + blocks.tail)).unfold(1, blocks.span, blocks.block)
+    row = torch.arange(blocks.block, device=valid.device)[:, None]
+    own = torch.arange(blocks.span, device=valid.device) == row + blocks.left
+    return mask.masked_fill(~(keys[:, first:last, None] | own), float("-inf"))
 
 
 def _skew(columns, span):

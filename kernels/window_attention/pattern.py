@@ -39,7 +39,9 @@ class WindowPattern:
     def of(cls, window, dilation, *, num_heads: int, causal: bool) -> "WindowPattern":
         """Pattern from an int or one int a head; ValueError names an entry that is out of range."""
         return cls(
-            per_head(window, num_heads, "window", 0), per_head(dilation, num_heads, "dilation", 1), bool(causal)
+            per_head(window, num_heads, "window", 0),
+            per_head(dilation, num_heads, "dilation", 1),
+            bool(causal),
         )
 
     @property

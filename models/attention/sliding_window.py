@@ -43,19 +43,24 @@ class SlidingWindowAttention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
         self.position = position
         self.options = {"window": window, "dilation": dilation}
-        self.set_options()
+        self.pattern = self.pattern_for()
 
-    def set_options(self, **options) -> None:
-        """Change `window`, `dilation`, in the forms of the constructor; the others stay. ValueError names a bad one."""
+    def pattern_for(self, **options) -> WindowPattern:
+        """This layer's pattern with `window`, `dilation` changed, in the forms of the constructor.
+
+        ValueError names an option that is unknown or out of range.
+        """
         refuse_unknown(options, self.options)
-        merged = self.options | options
         place = {"layer": self.layer, "num_layers": self.num_layers}
-        entries = {name: layer_option(value, name, **place) for name, value in merged.items()}
+        entries = {name: layer_option(value, name, **place) for name, value in (self.options | options).items()}
         try:
-            self.pattern = WindowPattern.of(**entries, num_heads=self.num_heads, causal=self.causal)
+            return WindowPattern.of(**entries, num_heads=self.num_heads, causal=self.causal)
         except ValueError as error:
             raise ValueError(f"layer {self.layer}: {error}") from None
-        self.options = merged
+
+    def set_options(self, pattern: WindowPattern, **options) -> None:
+        """Take `pattern`, which `pattern_for(**options)` gave; options not named stay."""
+        self.pattern, self.options = pattern, self.options | options
 
     def forward(self, x: torch.Tensor, *, valid: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, T, M], valid [B, T] bool (True = real) -> [B, T, M]."""

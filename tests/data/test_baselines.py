@@ -27,9 +27,7 @@ def slow_probability(train: bytes, history: bytes, character: int, order: int) -
     if len(history) < order:
         return below
     context = history[len(history) - order :]
-    followers = Counter(
-        train[at + order] for at in range(len(train) - order) if train[at : at + order] == context
-    )
+    followers = Counter(train[at + order] for at in range(len(train) - order) if train[at : at + order] == context)
     if not followers:
         return below
     total, distinct = followers.total(), len(followers)

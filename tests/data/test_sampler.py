@@ -62,17 +62,12 @@ def test_resume_at_start_step(text):
 def test_ranks_together_see_the_batch_of_one_process(text, world_size):
     options = {"seq_len": 50, "batch_size": 6, "seed": 0}
     alone = first(CharBatches(text, **options), 40)
-    ranks = [
-        first(CharBatches(text, **options, rank=rank, world_size=world_size), 40)
-        for rank in range(world_size)
-    ]
+    ranks = [first(CharBatches(text, **options, rank=rank, world_size=world_size), 40) for rank in range(world_size)]
     for step, batch in enumerate(alone):
         assert torch.equal(batch, torch.cat([batches[step] for batches in ranks]))
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "seq_len"), [(5_003, 50), (101, 50), (100, 50), (51, 50), (2, 1), (64, 7)]
-)
+@pytest.mark.parametrize(("num_bytes", "seq_len"), [(5_003, 50), (101, 50), (100, 50), (51, 50), (2, 1), (64, 7)])
 def test_an_epoch_covers_each_chunk_once(num_bytes, seq_len):
     order = ChunkOrder(num_bytes, seq_len, seed=3)
     for epoch in range(20):

@@ -26,9 +26,7 @@ def _config(seed: int, window, **changes) -> dict:
     return {**config, **changes}
 
 
-def write_run(
-    folder: Path, *, seed: int = 0, bpc: float | None = 2.5, window=4, status="finished", **changes
-):
+def write_run(folder: Path, *, seed: int = 0, bpc: float | None = 2.5, window=4, status="finished", **changes):
     """A run folder of 30 steps in two phases; `bpc` None: no result.json; `changes` go to the config."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(_config(seed, window, **changes)))
@@ -38,9 +36,7 @@ def write_run(
     lines = []
     for step in range(1, 31):
         phase = int(step > 20)
-        lines.append(
-            {"step": step, "phase": phase, "train/bpc": 8.0 / step + 2, "optim/lr": 1e-3 / (1 + phase)}
-        )
+        lines.append({"step": step, "phase": phase, "train/bpc": 8.0 / step + 2, "optim/lr": 1e-3 / (1 + phase)})
         if step % 10 == 0:
             lines.append({"step": step, "phase": phase, "valid/bpc": 8.0 / step + 2.1, "time/eval_s": 0.1})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

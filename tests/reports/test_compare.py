@@ -20,9 +20,7 @@ def sweep_fixture(tmp_path, write_run):
     for window, values in scores.items():
         for seed, bpc in enumerate(values):
             status = "finished" if bpc else "preempted"
-            write_run(
-                tmp_path / "sweep" / f"{window}-{seed}", seed=seed, bpc=bpc, window=window, status=status
-            )
+            write_run(tmp_path / "sweep" / f"{window}-{seed}", seed=seed, bpc=bpc, window=window, status=status)
     (tmp_path / "sweep" / "latest").symlink_to("4-0")
     (tmp_path / "sweep" / "4-0" / "wandb").mkdir()
     (tmp_path / "sweep" / "4-0" / "wandb" / "config.yaml").write_text("other: 1\n")
@@ -35,9 +33,7 @@ def test_runs_that_differ_in_seed_and_local_keys_are_one_row(sweep):
     first, second, unfinished = comparison.rows
     assert first.settings == {"model.attention.window": 8} and first.seeds == [0, 1]
     assert second.values == [2.5, 2.7, 2.6] and second.n == 3
-    assert second.mean == pytest.approx(2.6) and second.std == pytest.approx(
-        statistics.stdev([2.5, 2.7, 2.6])
-    )
+    assert second.mean == pytest.approx(2.6) and second.std == pytest.approx(statistics.stdev([2.5, 2.7, 2.6]))
     assert (second.low, second.high, second.spread) == (2.5, 2.7, pytest.approx(0.2))
     assert second.tokens_per_second == pytest.approx(1001.0)
     assert unfinished.status == "preempted at step 17" and unfinished.mean is None and unfinished.n == 0

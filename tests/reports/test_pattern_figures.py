@@ -67,9 +67,7 @@ def test_any_size_is_drawn_without_overlap(windows, gaps, seq_len, causal):
         attention_pattern_figure(patterns, seq_len),
         window_figure(patterns),
         phase_figure({"phase 1": patterns, "phase 2": patterns}),
-        receptive_field_figure(
-            {"phase 1": patterns}, {"training length": seq_len, "evaluation context": 32_256}
-        ),
+        receptive_field_figure({"phase 1": patterns}, {"training length": seq_len, "evaluation context": 32_256}),
     ]
     for figure in figures:
         assert overlaps(figure) == []

@@ -133,8 +133,7 @@ def test_paper_small_model_reaches_every_position_of_its_field():
     windows = [32, 32, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512]
     gaps = [1] * 6 + [2, 2, 3, 3, 4, 4]
     patterns = [
-        WindowPattern((window,) * 8, (1,) * 6 + (gap,) * 2, True)
-        for window, gap in zip(windows, gaps, strict=True)
+        WindowPattern((window,) * 8, (1,) * 6 + (gap,) * 2, True) for window, gap in zip(windows, gaps, strict=True)
     ]
     fields = list(itertools.accumulate(window * gap for window, gap in zip(windows, gaps, strict=True)))
     assert receptive_field(patterns) == fields

@@ -33,9 +33,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.addresses += [
-            value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")
-        ]
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
 
 

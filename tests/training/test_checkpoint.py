@@ -306,13 +306,9 @@ def test_a_renamed_tensor_comes_with_its_nearest_name(tmp_path):
     path = save(tmp_path, 1)
     tensors = load_file(path / "model.safetensors")
     tensors["norms.weight"] = tensors.pop("norm.weight")
-    save_file(
-        tensors, path / "model.safetensors", metadata={"aliases": '{"head.weight": "embedding.weight"}'}
-    )
+    save_file(tensors, path / "model.safetensors", metadata={"aliases": '{"head.weight": "embedding.weight"}'})
     reseal(path)
-    refused(
-        path, r"norm.weight: found nothing, expected float32 \[8\]  \(nearest in the file: norms.weight\)"
-    )
+    refused(path, r"norm.weight: found nothing, expected float32 \[8\]  \(nearest in the file: norms.weight\)")
     refused(path, r"norms.weight: found float32 \[8\], expected nothing")
 
 

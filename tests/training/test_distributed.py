@@ -117,9 +117,7 @@ def test_device_of_a_rank(monkeypatch, device, count, rank, expected):
 
 def test_absent_devices_are_refused(monkeypatch):
     pretend_gpus(monkeypatch, 0)
-    with pytest.raises(
-        ResourceError, match="device=cuda, but this machine has no usable CUDA GPU; use device=cpu"
-    ):
+    with pytest.raises(ResourceError, match="device=cuda, but this machine has no usable CUDA GPU; use device=cpu"):
         choose_device("cuda")
     pretend_gpus(monkeypatch, 2)
     with pytest.raises(ResourceError, match="process 2 of this machine has no GPU of its own: 2 found"):

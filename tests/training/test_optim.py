@@ -153,9 +153,7 @@ def test_muon_ratio_applies_to_matrices_only():
         optimizer.set_lr(0.02)
         optimizer.step()
         changes[ratio] = {name: value - before[name] for name, value in model.state_dict().items()}
-    torch.testing.assert_close(
-        changes[2.0]["out.weight"], 2 * changes[1.0]["out.weight"], atol=1e-6, rtol=1e-4
-    )
+    torch.testing.assert_close(changes[2.0]["out.weight"], 2 * changes[1.0]["out.weight"], atol=1e-6, rtol=1e-4)
     assert torch.equal(changes[2.0]["norm.weight"], changes[1.0]["norm.weight"])
 
 

@@ -23,9 +23,7 @@ LINE = {
 
 def console(terminal: bool) -> tuple[Console, io.StringIO]:
     output = io.StringIO()
-    return Console(
-        file=output, force_terminal=terminal, width=120, highlight=False, soft_wrap=not terminal
-    ), output
+    return Console(file=output, force_terminal=terminal, width=120, highlight=False, soft_wrap=not terminal), output
 
 
 def test_the_line_names_everything():

@@ -70,7 +70,5 @@ def test_another_dtype_does_not_fit(tmp_path):
 
 def test_a_long_table_is_cut():
     expected = {f"layer.{index}": ("float32", (2,)) for index in range(30)}
-    with pytest.raises(
-        CheckpointError, match=r"30 of 30 tensors differ:\n(  layer.*\n){12}  \.\.\. and 18 more\n"
-    ):
+    with pytest.raises(CheckpointError, match=r"30 of 30 tensors differ:\n(  layer.*\n){12}  \.\.\. and 18 more\n"):
         check_tensors("model.safetensors", {}, expected)

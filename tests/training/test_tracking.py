@@ -190,9 +190,7 @@ def test_an_unreachable_server_means_offline(tmp_path, caplog, monkeypatch):
     assert fake.options["settings"]["init_timeout"] == 3.0
     assert fake.options["config"] == {"a.b": 1}
     assert fake.torn_down == 2
-    assert [record.getMessage() for record in caplog.records] == [
-        "Weights & Biases goes on offline: no route to host"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["Weights & Biases goes on offline: no route to host"]
     assert dict(os.environ) == before
 
 

@@ -1,0 +1,139 @@
+"""The attention benchmark runs, writes every column, times nothing that disagrees, measures what it names."""
+
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import attention, peers
+from benchmarks.cases import BOTH, DENSE, FLEX, FORWARD, LONGFORMER, OURS, make_module, random_tensors
+from benchmarks.memory import LargestTensor, extra_peak_bytes
+from benchmarks.timing import Row, Spread, environment, interleave, log_slope
+from kernels.window_attention import window_attention
+from tests.helpers import run_python
+
+QUICK = attention.QUICK
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_quick_run_fills_every_column(tmp_path, device):
+    path = tmp_path / "attention.csv"
+    done = run_python("-m", "benchmarks.attention", "--quick", "--device", device, "--output", path)
+    assert done.returncode == 0, done.stderr
+    with path.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == {field.name for field in dataclasses.fields(Row)} | set(environment())
+    assert {(row["table"], row["contender"], row["passes"]) for row in rows} == {
+        (table, contender, passes)
+        for table, contenders in {
+            "module": (OURS, LONGFORMER),
+            "kernel": (OURS, DENSE, FLEX),
+            "scaling": (OURS,),
+        }.items()
+        for contender in contenders
+        for passes in (FORWARD, BOTH)
+    }
+    for row in rows:
+        assert row["torch"] == torch.__version__ and row["git_commit"] and row["dirty"] in ("True", "False")
+        assert row["note"] or float(row["median_ms"]) > 0
+        if row["table"] == "module":
+            assert int(row["extra_memory_bytes"]) > 0
+    assert sum(bool(row["slope"]) for row in rows) == 2
+    assert "theirs / ours" in done.stdout and "targets" in done.stdout
+
+
+def test_disagreeing_peer_is_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(peers, "longformer_self_attention", _shifted(peers.longformer_self_attention))
+    monkeypatch.setattr(attention, "interleave", _must_not_run)
+    assert attention.main(["--quick"]) == 1
+    error = capsys.readouterr().err
+    assert "transformers Longformer differs from ours by" in error and "nothing is timed" in error
+
+
+def _shifted(make):
+    def build(*sizes):
+        module = make(*sizes)
+        module.register_forward_hook(lambda module, inputs, out: out + 0.01)
+        return module
+
+    return build
+
+
+def _must_not_run(*args, **kwargs):
+    raise AssertionError("timed although the outputs disagree")
+
+
+def test_unknown_device_is_a_usage_error(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        attention.main(["--device", "cuda"])
+    assert stop.value.code == 2 and "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_both_modules_compute_the_same_gradients():
+    x = random_tensors(1, (1, QUICK.seq_len, QUICK.dim), QUICK, requires_grad=True)[0]
+    ours, theirs = (make_module(side, QUICK) for side in (OURS, LONGFORMER))
+    weights = torch.randn_like(x)
+    grads = []
+    for module, inner in ((ours, ours), (theirs, theirs.attention)):
+        wanted = [x, inner.query.weight, inner.key.weight, inner.value.weight, inner.value.bias]
+        grads.append(torch.autograd.grad(module(x), wanted, weights))
+    for mine, peer in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, peer, rtol=1e-4, atol=1e-4)
+
+
+def test_dense_peer_sees_the_same_window():
+    query, key, value = random_tensors(3, (1, 100, 2, 16), QUICK, requires_grad=False)
+    attend = peers.dense_sdpa(100, 7, "cpu", torch.float32)
+    torch.testing.assert_close(attend(query, key, value), window_attention(query, key, value, window=7))
+
+
+def test_contenders_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "AB"}
+    seconds = interleave(calls, num_rounds=3, device="cpu", num_warmup=1)
+    assert "".join(order) == "ABABABAB"
+    assert seconds["A"].shape == (3,) and (seconds["A"] >= 0).all()
+
+
+def test_ratio_is_taken_round_by_round():
+    row = attention.row_of("kernel", DENSE, FORWARD, QUICK)
+    row.ratio_to(np.array([2.0, 40.0, 6.0]), np.array([1.0, 10.0, 1.0]))
+    assert row.ratio == 4.0 and row.ratio_p20 < 4.0 < row.ratio_p80
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_slope_is_the_power_of_the_growth(power):
+    lengths = [256, 512, 1024]
+    seconds = {length: np.array([1e-6, 3e-6]) * length**power for length in lengths}
+    assert log_slope(lengths, seconds).median == pytest.approx(power)
+
+
+def test_spread_is_median_and_20_to_80_percent():
+    assert Spread.of(np.arange(11)) == Spread(5.0, 2.0, 8.0)
+
+
+def test_largest_tensor_sees_a_square_inside_forward_or_backward():
+    x = torch.randn(300, 4, requires_grad=True)
+    with LargestTensor() as seen:
+        (x @ x.T).softmax(-1).sum().backward()
+    assert seen.elements == 300 * 300
+    with LargestTensor() as seen:
+        torch.zeros(1, 4).expand(1000, 4)  # no memory behind it
+    assert seen.elements == 4
+
+
+@pytest.mark.slow
+def test_memory_of_a_call_is_what_it_allocates():
+    arguments = {"mebibytes": 96}
+    found = extra_peak_bytes(f"{__name__}:allocate", arguments, {"mebibytes": 1}, device="cpu", num_threads=1)
+    assert 95 * 2**20 <= found <= 104 * 2**20  # the kernel counts resident pages in batches
+
+
+def allocate(mebibytes: int):
+    """A call that holds that much memory, beside memory of its own that was there before it."""
+    held = torch.ones(64 * 2**18)
+    return lambda: (held.sum(), torch.ones(mebibytes * 2**18))

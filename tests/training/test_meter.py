@@ -1,0 +1,125 @@
+"""Sums of a logging interval: means per update, the pace, and what does not count as training time."""
+
+import pytest
+import torch
+
+from training import meter
+from training.meter import Meter
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until a test moves it: `clock.now += seconds`."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: Clock.now)
+    return Clock
+
+
+def alone(sums):
+    return sums
+
+
+def test_micro_batches_add_up_to_the_mean_of_a_step(clock):
+    counter = Meter()
+    for loss in (30.0, 50.0):
+        counter.add({"loss": torch.tensor(loss), "bpc": torch.tensor(2 * loss)}, 40)
+    counter.step(40)
+    clock.now += 1
+    metrics, _ = counter.report(alone)
+    assert metrics["train/loss"] == pytest.approx(80 / 40)
+    assert metrics["train/bpc"] == pytest.approx(160 / 40)
+
+
+def test_an_interval_is_the_mean_over_its_steps(clock):
+    counter = Meter()
+    for loss in (10.0, 20.0, 60.0):
+        counter.add({"loss": torch.tensor(loss)}, 10)
+        counter.step(10)
+    clock.now += 2
+    metrics, seconds = counter.report(alone)
+    assert metrics["train/loss"] == pytest.approx(3.0)
+    assert metrics["perf/tokens_per_s"] == pytest.approx(15.0)
+    assert metrics["perf/step_ms"] == pytest.approx(2000 / 3)
+    assert seconds == pytest.approx(2.0)
+
+
+def test_a_report_starts_the_next_interval(clock):
+    counter = Meter()
+    for loss, pause in ((4.0, 1.0), (8.0, 5.0)):
+        counter.add({"loss": torch.tensor(loss)}, 2)
+        counter.step(2)
+        clock.now += pause
+        metrics, seconds = counter.report(alone)
+        assert metrics["train/loss"] == pytest.approx(loss / 2)
+        assert seconds == pytest.approx(pause)
+
+
+def test_other_processes_are_summed_in(clock):
+    counter = Meter()
+    counter.add({"loss": torch.tensor(3.0), "bpc": torch.tensor(1.0)}, 10)
+    counter.step(10)
+    clock.now += 1
+    calls = []
+
+    def with_another(sums):
+        calls.append(sums)
+        return sums + torch.tensor([0.5, 0.2], dtype=sums.dtype)
+
+    metrics, _ = counter.report(with_another)
+    assert len(calls) == 1, "one message for all metrics"
+    assert metrics["train/loss"] == pytest.approx(0.8)
+    assert metrics["train/bpc"] == pytest.approx(0.3)
+
+
+def test_time_between_a_report_and_restart_is_not_training(clock):
+    counter = Meter()
+    counter.add({"loss": torch.tensor(1.0)}, 1)
+    counter.step(1)
+    clock.now += 1
+    counter.report(alone)
+    clock.now += 500  # an evaluation
+    counter.restart()
+    counter.add({"loss": torch.tensor(1.0)}, 1)
+    counter.step(30)
+    clock.now += 3
+    metrics, seconds = counter.report(alone)
+    assert seconds == pytest.approx(3.0)
+    assert metrics["perf/tokens_per_s"] == pytest.approx(10.0)
+
+
+def test_steps_before_an_evaluation_inside_an_interval_keep_their_time(clock):
+    """eval_every need be no multiple of log_every: the interval is then cut in two, and both parts count."""
+    counter = Meter()
+    for _ in range(2):
+        clock.now += 4  # a step
+        counter.add({"loss": torch.tensor(1.0)}, 20)
+        counter.step(20)
+        clock.now += 500  # an evaluation
+        counter.restart()
+    clock.now += 2
+    counter.add({"loss": torch.tensor(1.0)}, 20)
+    counter.step(20)
+    metrics, seconds = counter.report(alone)
+    assert seconds == pytest.approx(10.0)
+    assert metrics["perf/tokens_per_s"] == pytest.approx(6.0)
+
+
+def test_adding_never_waits_for_the_device():
+    """A tensor without data cannot be read: adding must not try."""
+    counter = Meter()
+    for _ in range(3):
+        counter.add({"loss": torch.ones((), device="meta", requires_grad=True)}, 5)
+        counter.step(5)
+
+
+def test_small_losses_are_not_lost_in_long_sums(clock):
+    counter = Meter()
+    counter.add({"loss": torch.tensor(2.0**24)}, 1)
+    for _ in range(100):
+        counter.add({"loss": torch.tensor(0.5)}, 1)
+    counter.step(1)
+    clock.now += 1
+    assert counter.report(alone)[0]["train/loss"] == 2**24 + 50
