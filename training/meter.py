@@ -13,7 +13,7 @@ class Meter:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._steps = self._tokens = 0
-        self._started = time.perf_counter()
+        self._started = self._last = time.perf_counter()
 
     def add(self, sums: Mapping[str, Tensor], num_targets: int) -> None:
         """Add one micro-batch: sums over its targets, to be divided by the `num_targets` of the whole step."""
@@ -24,6 +24,7 @@ class Meter:
         """Count one update."""
         self._steps += 1
         self._tokens += num_targets
+        self._last = time.perf_counter()
 
     def report(self, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], float]:
         """(means per update and the pace, seconds the interval took); starts the next interval.
@@ -37,9 +38,11 @@ class Meter:
         metrics["perf/step_ms"] = 1000 * seconds / self._steps
         self._sums = {}
         self._steps = self._tokens = 0
-        self.restart()
+        self._started = self._last = time.perf_counter()
         return metrics, seconds
 
     def restart(self) -> None:
-        """Begin the interval now: what happened since the last report was not training."""
-        self._started = time.perf_counter()
+        """Leave out the time since the last update or report: it was not training."""
+        now = time.perf_counter()
+        self._started += now - self._last
+        self._last = now

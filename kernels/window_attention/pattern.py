@@ -14,10 +14,12 @@ def per_head(value: int | Sequence[int], num_heads: int, name: str, minimum: int
     if isinstance(value, int):
         values = (value,) * num_heads
     else:
-        values = tuple(int(entry) for entry in value)
+        values = tuple(value)
         if len(values) != num_heads:
             raise ValueError(f"{name} has {len(values)} entries for {num_heads} heads: {list(values)}")
     for head, entry in enumerate(values):
+        if not isinstance(entry, int):
+            raise ValueError(f"{name} of head {head} is {entry!r}, it must be a whole number")
         if entry < minimum:
             raise ValueError(f"{name} of head {head} is {entry}, it must be at least {minimum}")
     return values

@@ -1,0 +1,103 @@
+"""Every experiment composes, is sound, and gives a model whose every phase can be set, whole and at debug size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from configs.compose import CONFIG_DIR, compose_config
+from configs.phases import build_model, effective_phases, phase_patterns
+from configs.schema import ConfigError
+from tests.command import TINY
+
+EXPERIMENTS = sorted(file.stem for file in (CONFIG_DIR / "experiment").glob("*.yaml"))
+DEFAULT = "default"
+
+
+def overrides_of(experiment, *others):
+    return [*([] if experiment == DEFAULT else [f"experiment={experiment}"]), *others]
+
+
+@pytest.mark.parametrize("size", [None, "debug"])
+@pytest.mark.parametrize("experiment", [DEFAULT, *EXPERIMENTS])
+def test_every_phase_of_every_experiment_can_be_built(experiment, size):
+    cfg = compose_config(overrides_of(experiment, *([f"size={size}"] if size else [])))
+    assert cfg.experiment_name == experiment
+    phases = effective_phases(cfg)
+    patterns = phase_patterns(cfg, phases)
+    assert len(patterns) == len(phases) == len(cfg.schedule.phases)
+    assert all(len(layers) == cfg.model.num_layers for layers in patterns)
+    for phase, layers in zip(phases, patterns, strict=True):
+        assert 0 <= phase.warmup_steps <= phase.steps
+        for layer, pattern in enumerate(layers):
+            assert pattern.causal and pattern.num_heads == cfg.model.num_heads
+            asked = phase.attention.get("window", cfg.model.attention.window)
+            asked = asked[layer] if isinstance(asked, list) or OmegaConf.is_list(asked) else asked
+            asked = list(asked) if not isinstance(asked, int) else [asked] * pattern.num_heads
+            cap = cfg.schedule.cap.window
+            assert list(pattern.window) == [window if cap is None else min(window, cap) for window in asked]
+
+
+@pytest.mark.parametrize("experiment", [DEFAULT, *EXPERIMENTS])
+def test_debug_size_is_a_matter_of_seconds(experiment):
+    whole, debug = compose_config(overrides_of(experiment)), compose_config(overrides_of(experiment, "size=debug"))
+    phases = effective_phases(debug)
+    tokens = sum(phase.steps * phase.batch_size * phase.seq_len for phase in phases)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build_model(debug).parameters())
+    assert tokens <= 10_000 and parameters < 1_000_000 and debug.eval.share <= 0.05
+    # shrunk, not replaced: the depth, the phases and the mechanism are the experiment's
+    assert len(phases) == len(whole.schedule.phases)
+    for key in ("num_layers", "num_heads", "positions", "attention"):
+        assert debug.model[key] == whole.model[key]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_file_says_what_it_is_and_how_to_run_it(experiment):
+    lines = Path(CONFIG_DIR, "experiment", f"{experiment}.yaml").read_text().splitlines()
+    head = " ".join(line for line in lines[:6] if line.startswith("#"))
+    assert lines[0] == "# @package _global_"
+    assert f"experiment={experiment}" in head or "-m experiment=" in head
+
+
+@pytest.mark.parametrize("experiment", ["enwik8_small", "enwik8_large", "text8_small"])
+def test_paper_schedule_doubles_windows_and_halves_rates(experiment):
+    phases = effective_phases(compose_config([f"experiment={experiment}"]))
+    assert [phase.seq_len for phase in phases] == [2048, 4096, 8192, 16384, 23040]
+    for before, after in zip(phases, phases[1:], strict=False):
+        assert after.lr == before.lr / 2
+        assert after.attention["window"] == [2 * window for window in before.attention["window"]]
+        assert not after.reset_optimizer
+    assert phases[0].lr == 2.5e-4
+    assert phases[-1].attention["window"][-1] == 8192
+
+
+def test_every_option_of_a_constructor_stands_in_the_group_file():
+    """An override needs no sign in front of it, and --help shows it."""
+    composed = compose_config([])
+    assert set(composed.model.attention) >= {"_target_", "_partial_", "window", "dilation", "impl"}
+    known = yaml.safe_load(Path(CONFIG_DIR, "model", "char_lm.yaml").read_text())
+    # the message lists what the constructor takes
+    with pytest.raises(ConfigError) as refused:
+        compose_config(["+model.no_such_option=1"])
+    listed = str(refused.value).partition("model has: ")[2].rstrip(")").split(", ")
+    assert set(listed) <= {*known, "attention"}
+
+
+def test_attention_of_a_phase_needs_no_sign_in_front():
+    cfg = compose_config([*TINY, "schedule.phases.0.attention.window=[4,6]", "schedule.phases.0.attention.dilation=2"])
+    (layers,) = phase_patterns(cfg, effective_phases(cfg))
+    assert [pattern.window for pattern in layers] == [(4,) * 4, (6,) * 4]
+    assert [pattern.dilation for pattern in layers] == [(2,) * 4] * 2
+
+
+def test_caps_shorten_warm_up_in_proportion():
+    phase = "{seq_len:64,batch_size:4,steps:100,warmup_steps:20,lr:0.1}"
+    cap = "schedule.cap={steps:10,seq_len:32,batch_size:2,window:5}"
+    (capped,) = effective_phases(compose_config([f"schedule.phases=[{phase}]", cap]))
+    assert (capped.steps, capped.warmup_steps, capped.seq_len, capped.batch_size) == (10, 2, 32, 2)
+    cfg = compose_config([*TINY, f"schedule.phases=[{phase}]", cap, "model.attention.window=[8,[3,9,3,3]]"])
+    (layers,) = phase_patterns(cfg, effective_phases(cfg))
+    assert [pattern.window for pattern in layers] == [(5, 5, 5, 5), (3, 5, 3, 3)]
