@@ -5,6 +5,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from configs.cli import entry
 
@@ -247,7 +248,7 @@ def make_tracker(cfg, folder, step):
     from training.tracking import Tracker
 
     folder.truncate_metrics(step)
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
     return Tracker(
         folder.path,
         wandb=config["tracker"]["wandb"],

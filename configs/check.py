@@ -200,7 +200,8 @@ def check_options(node: DictConfig, where: str, *, supplied: Sequence[str] = ())
             raise ConfigError(unknown_key(f"{where}.{key}", known))
         annotation = parameters[key].annotation
         if not _fits(plain(value), annotation):
-            raise ConfigError(f"{where}.{key} is {_text(plain(value))}, it must be {_expected(annotation)}")
+            hint = nearest(str(value), get_args(annotation)) if get_origin(annotation) is Literal else ""
+            raise ConfigError(f"{where}.{key} is {_text(plain(value))}, it must be {_expected(annotation)}{hint}")
         if isinstance(value, DictConfig) and "_target_" in value:
             check_options(value, f"{where}.{key}")
     required = [name for name in parameters if name not in node and name not in optional]

@@ -17,7 +17,7 @@ from omegaconf import DictConfig  # noqa: E402
 
 from configs.check import check, check_evaluation  # noqa: E402
 from configs.compose import CONFIG_DIR, name_experiment, open_keys, task_overrides  # noqa: E402
-from configs.explain import explain, refused_flag  # noqa: E402
+from configs.explain import explain, is_swept, refused_flag  # noqa: E402
 from configs.schema import register  # noqa: E402
 
 # each job of a sweep appends its exit code here, also from another process
@@ -31,7 +31,7 @@ def entry(config_name: str, job: Callable[[DictConfig], None]) -> None:
     flag = refused_flag(arguments)
     if flag:
         sys.exit(_say(flag, 2))
-    sys.argv[1:] = open_keys(arguments)
+    sys.argv[1:] = sorted(open_keys(arguments), key=_rank)
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     if sweep:
         sys.argv += _sweep_arguments(arguments)
@@ -57,6 +57,15 @@ def entry(config_name: str, job: Callable[[DictConfig], None]) -> None:
             codes = [int(line) for line in outcomes.read_text().split()]
             outcomes.unlink()
     sys.exit(max([code, *codes]))
+
+
+def _rank(argument):
+    """Flags before overrides, which argparse takes in one row; those that a sweep varies first.
+
+    A job's folder is named after its overrides and a long name is cut: what differs must not be.
+    """
+    is_override = argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
+    return (is_override, is_override and not is_swept(argument))
 
 
 def _checked(cfg: DictConfig, config_name: str) -> DictConfig:

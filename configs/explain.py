@@ -58,6 +58,16 @@ def refused_flag(arguments: list[str]) -> str | None:
     return None
 
 
+def is_swept(argument: str) -> bool:
+    """Whether an override gives several values to run one after the other."""
+    if argument.startswith("-") or "=" not in argument:
+        return False
+    try:
+        return OverridesParser.create().parse_override(argument).is_sweep_override()
+    except HydraException:
+        return False
+
+
 def _groups() -> dict[str, list[str]]:
     """Group -> its options: the folders of YAML files beside this file."""
     files = sorted(CONFIG_DIR.glob("*/**/*.yaml"))

@@ -10,9 +10,12 @@ from configs.schema import ConfigError, PhaseConfig, build
 
 
 def effective_phases(cfg: DictConfig) -> list[PhaseConfig]:
-    """The phases of `cfg.schedule` under `cap`; a shortened phase keeps its share of warm-up."""
+    """The phases of `cfg.schedule` under `cap`; a shortened phase keeps its share of warm-up.
+
+    Attention options that a phase does not name stay as the phase before left them, so each phase holds them all.
+    """
     cap = cfg.schedule.cap
-    phases = []
+    phases, attention = [], {}
     for node in cfg.schedule.phases:
         phase = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PhaseConfig), node))
         steps = _capped(phase.steps, cap.steps)
@@ -22,6 +25,7 @@ def effective_phases(cfg: DictConfig) -> list[PhaseConfig]:
         phase.batch_size = _capped(phase.batch_size, cap.batch_size)
         if "window" in phase.attention:
             phase.attention["window"] = cap_window(phase.attention["window"], cap.window)
+        phase.attention = attention = {**attention, **phase.attention}
         phases.append(phase)
     return phases
 

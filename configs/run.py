@@ -1,10 +1,11 @@
 """The configuration of a run folder: written once, read back checked, compared on resume."""
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from configs.check import check, leaves
+from configs.check import check, check_stride, leaves
 from configs.compose import task_overrides
 from configs.schema import ConfigError
 
@@ -18,6 +19,14 @@ def load_run(run_dir: str | Path) -> DictConfig:
     if not path.is_file():
         raise ConfigError(f"run_dir={run_dir} is no run folder: it holds no config.yaml")
     return check(OmegaConf.load(path))
+
+
+def evaluation_settings(cfg: DictConfig, run: DictConfig) -> dict[str, Any]:
+    """The settings of an evaluation: what `eval.py` was given, else what the run has; ConfigError for a bad pair."""
+    names = ("context", "stride", "share", "batch_tokens")
+    settings = {name: run.eval[name] if cfg[name] is None else cfg[name] for name in names}
+    check_stride("", settings["context"], settings["stride"])
+    return settings
 
 
 def run_files(cfg: DictConfig) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Causal character model over bytes, after Longformer's (arXiv 2004.05150, section 4 and appendix B)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,13 +78,16 @@ class CharLM(nn.Module):
     def set_attention(self, **options) -> None:
         """Change attention options of every layer, as between the phases of a schedule; ValueError names a bad one."""
         # all layers or none: a refused option leaves the model as it was
-        patterns = [block.attention.pattern_for(**options) for block in self.blocks]
-        for block, pattern in zip(self.blocks, patterns, strict=True):
-            block.attention.set_options(pattern, **options)
+        patterns = [layer.pattern_for(**options) for layer in self._attention_layers()]
+        for layer, pattern in zip(self._attention_layers(), patterns, strict=True):
+            layer.set_options(pattern, **options)
 
     def attention_patterns(self) -> list[WindowPattern]:
         """The pattern of each layer, from the bottom."""
-        return [block.attention.pattern for block in self.blocks]
+        return [layer.pattern for layer in self._attention_layers()]
+
+    def _attention_layers(self) -> list[Any]:
+        return [block.attention for block in self.blocks]
 
     @property
     def receptive_field(self) -> int:

@@ -15,15 +15,15 @@ class RotaryPositions(nn.Module):
         head_dim = dim // num_heads
         if head_dim % 2:
             raise ValueError(f"rotary positions need an even head dim, got {dim} / {num_heads} = {head_dim}")
-        self.base, self.half = base, head_dim // 2
+        self.base, self.num_frequencies = base, head_dim // 2
 
     def forward(self, query, key, pattern):
         """Rotate by the phase of each row's position, counted from 0."""
         # float32 angles of far positions are off by more than the rest of a float32 model is
         kind = {"device": query.device, "dtype": torch.float64}
-        frequency = self.base ** (-torch.arange(self.half, **kind) / self.half)
+        frequency = self.base ** (-torch.arange(self.num_frequencies, **kind) / self.num_frequencies)
         phase = torch.arange(query.shape[1], **kind)[:, None] * frequency
-        # [T, 1, half]
+        # [T, 1, D / 2]
         cos, sin = phase.cos().to(query.dtype)[:, None], phase.sin().to(query.dtype)[:, None]
         return _rotate(query, cos, sin), _rotate(key, cos, sin), {}
 

@@ -133,9 +133,10 @@ def compare_figure(comparison: Comparison) -> Figure:
         figure = style.new_figure(7.6, max(0.34, 0.16 * num_lines + 0.1) * len(rows) + 0.9)
         axes = figure.subplots()
         for index, row in enumerate(rows):
-            axes.plot([row.low, row.high], [index, index], color=style.SKY, linewidth=5, solid_capstyle="round")
+            low, mean, high = (float(value) for value in (row.low, row.mean, row.high) if value is not None)
+            axes.plot([low, high], [index, index], color=style.SKY, linewidth=5, solid_capstyle="round")
             axes.plot(row.values, [index] * row.n, "o", color="white", markeredgecolor=style.MUTED, markersize=4)
-            axes.plot([row.mean], [index], "D", color=style.BLUE, markersize=6)
+            axes.plot([mean], [index], "D", color=style.BLUE, markersize=6)
         axes.set_yticks(range(len(rows)), labels, fontsize=8)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.margins(x=0.08)

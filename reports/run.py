@@ -8,7 +8,6 @@ folder. A part whose files are missing is left out with a sentence.
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +45,7 @@ MAX_SAMPLES = 10
 MAX_DRAWN = 32_768  # positions of the longest row drawn in the attention pattern
 
 
-def write_report(run_dir: str | os.PathLike[str], patterns: Sequence[Sequence[Pattern]] | None = None) -> Path:
+def write_report(run_dir: str | Path, patterns: Sequence[Sequence[Pattern]] | None = None) -> Path:
     """Write `report.html` and `plots/` into a run folder and return the path of the page.
 
     `patterns` holds one list of layers for every phase of the schedule. Files that are missing or broken

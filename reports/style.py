@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.style
 from matplotlib.colors import LinearSegmentedColormap
@@ -61,6 +62,9 @@ _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 POSITIONS = FuncFormatter(lambda value, _: f"{value:,.0f}")  # 23040 -> 23,040
 
 
+Layout = Literal["constrained", "compressed", "tight"]
+
+
 @contextmanager
 def drawing() -> Iterator[None]:
     """Our settings on top of matplotlib's own defaults, whatever the user's matplotlibrc says."""
@@ -68,7 +72,7 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float, *, layout: str = "constrained") -> Figure:
+def new_figure(width: float, height: float, *, layout: Layout = "constrained") -> Figure:
     """An empty figure of `width` x `height` inches whose parts are kept from overlapping.
 
     `layout` is matplotlib's; "compressed" is the one for grids of panels with a fixed aspect.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class CharLMTask:
     @torch.no_grad()
     def evaluate(
         self,
-        model: nn.Module,
+        model: Any,
         split: str,
         *,
         context: int = 32_256,
@@ -139,7 +140,7 @@ class CharLMTask:
         return baselines(self.corpus.splits["train"], text[: max(1, int(share * (len(text) - 1))) + 1])
 
     @torch.no_grad()
-    def sample(self, model: nn.Module, *, temperature: float = 0.8, seed: int = 0) -> str:
+    def sample(self, model: Any, *, temperature: float = 0.8, seed: int = 0) -> str:
         """The first characters of the validation split, continued by the model."""
         prompt = self.corpus.splits["valid"][:PROMPT_CHARS]
         device = next(model.parameters()).device

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import json
+import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,29 @@ class Finished:
     code: int
     out: str
     err: str
+
+
+def small_run(folder: Path, *, size: int = 40_000, seed: int = 0) -> list[str]:
+    """Arguments of a run of a second: a tiny model in fp32 on a text written to `folder`, nothing but metrics.jsonl."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 8))) for _ in range(200)]
+    text = folder / f"text-{seed}.txt"
+    text.write_text(" ".join(draw.choices(words, k=size // 4))[:size])
+    quiet = ("tracker.wandb.mode=disabled", "tracker.tensorboard=false", "device=cpu", "precision=fp32")
+    return ["size=debug", *TINY, *quiet, f"data.path={text}", f"data.cache_dir={folder / 'cache'}"]
+
+
+def phases(*entries: dict) -> list[str]:
+    """Overrides that make these the phases of the schedule, as they are."""
+    listed = json.dumps(list(entries)).replace('"', "").replace(" ", "")
+    return [f"schedule.phases={listed}", "schedule.cap={steps:null,seq_len:null,batch_size:null,window:null}"]
+
+
+def metrics_of(folder: Path, *, timed: bool = False) -> list[dict]:
+    """The lines of metrics.jsonl, without what a clock or the memory says unless `timed`."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = ("time/", "perf/", "mem/")
+    return [{key: value for key, value in line.items() if timed or not key.startswith(clock)} for line in lines]
 
 
 def run_train(*arguments: object, cwd: Path, job=None) -> Finished:
