@@ -11,7 +11,7 @@ def main(cfg) -> None:
     from omegaconf import OmegaConf
 
     from configs.phases import build_model
-    from configs.run import load_run
+    from configs.run import check_same_data, evaluation_settings, load_run
     from configs.schema import ConfigError, build
     from training.checkpoint import latest_checkpoint, load_checkpoint
     from training.distributed import Distributed
@@ -22,10 +22,12 @@ def main(cfg) -> None:
 
     if cfg.run_dir is None:
         raise ConfigError("run_dir has no value: give the folder of a run with run_dir=DIR")
-    run = load_run(cfg.run_dir)
-    checkpoint = latest_checkpoint(Path(cfg.run_dir))
+    path = Path(cfg.run_dir).expanduser()
+    run = load_run(path)
+    settings = evaluation_settings(cfg, run)
+    checkpoint = latest_checkpoint(path)
     if checkpoint is None:
-        raise CheckpointError(f"{cfg.run_dir} holds no complete checkpoint yet")
+        raise CheckpointError(f"{path} holds no complete checkpoint yet")
     if cfg.num_threads or run.num_threads:
         torch.set_num_threads(cfg.num_threads or run.num_threads)
     with Distributed(cfg.device) as dist:
@@ -35,28 +37,17 @@ def main(cfg) -> None:
             raise ConfigError(f"split is {cfg.split!r}, it must be one of {', '.join(task.splits)}")
         model = build_model(run).to(dist.device)
         state = load_checkpoint(checkpoint, model=model, restore_rng=False)
+        check_same_data(state["data"], task.fingerprint, str(checkpoint))
         model.set_attention(**state["attention"])
-        settings = {
-            name: run.eval[name] if cfg[name] is None else cfg[name]
-            for name in ("context", "stride", "share", "batch_tokens")
-        }
         precision = resolve_precision(run.precision, dist.device)
-        result = evaluate(
-            task,
-            model,
-            cfg.split,
-            dist=dist,
-            precision=precision,
-            settings=settings,
-            show=lambda line: print(line),
-        )
+        show = print if dist.is_main else lambda line: None
+        result = evaluate(task, model, cfg.split, dist=dist, precision=precision, settings=settings, show=show)
         if dist.is_main:
-            result = {"task": task.name, "split": cfg.split, "step": state["step"], **result}
+            if cfg.split != "train":
+                result["baselines"] = task.baselines(cfg.split, settings["share"])
             name = f"eval/{cfg.split}-step-{state['step']}.json"
-            RunDir(cfg.run_dir).write_json(name, result)
-            print(
-                f"{cfg.split} {task.metric} {result[task.metric]!r} at step {state['step']:,} -> {cfg.run_dir}/{name}"
-            )
+            RunDir(path).write_json(name, {"step": state["step"], **result})
+            print(f"{cfg.split} {task.metric} {result[task.metric]!r} at step {state['step']:,} -> {path / name}")
 
 
 if __name__ == "__main__":

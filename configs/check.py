@@ -87,7 +87,7 @@ def check_evaluation(cfg: DictConfig) -> DictConfig:
 def closed(cfg: DictConfig, schema: type) -> DictConfig:
     """`cfg` merged into a fresh schema, so that a key added with `+` is refused like any unknown one."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
+        merged: Any = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(describe(error, _known(schema, cfg))) from None
     missing = sorted(OmegaConf.missing_keys(merged))

@@ -31,8 +31,11 @@ def entry(config_name: str, job: Callable[[DictConfig], None]) -> None:
     flag = refused_flag(arguments)
     if flag:
         sys.exit(_say(flag, 2))
-    sys.argv[1:] = sorted(open_keys(arguments), key=_rank)
+    # argparse takes overrides in one row, so flags go before them
+    sys.argv[1:] = sorted(open_keys(arguments), key=_is_override)
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
+    if sweep and config_name != "train":
+        sys.exit(_say(f"{config_name}.py takes one run at a time: leave out -m", 2))
     if sweep:
         sys.argv += _sweep_arguments(arguments)
         handle, os.environ[OUTCOMES] = tempfile.mkstemp()
@@ -59,13 +62,8 @@ def entry(config_name: str, job: Callable[[DictConfig], None]) -> None:
     sys.exit(max([code, *codes]))
 
 
-def _rank(argument):
-    """Flags before overrides, which argparse takes in one row; those that a sweep varies first.
-
-    A job's folder is named after its overrides and a long name is cut: what differs must not be.
-    """
-    is_override = argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
-    return (is_override, is_override and not is_swept(argument))
+def _is_override(argument):
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
 
 def _checked(cfg: DictConfig, config_name: str) -> DictConfig:
@@ -84,8 +82,9 @@ def outcome(action: Callable[[], None], explained: Callable = lambda error: None
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except Exception as error:
-        if isinstance(getattr(error, "exit_code", None), int):
-            return _say(str(error), error.exit_code)
+        code = getattr(error, "exit_code", None)
+        if isinstance(code, int):
+            return _say(str(error), code)
         message = explained(error)
         if message is None:
             traceback.print_exc()
@@ -100,10 +99,12 @@ def _say(message: str, code: int) -> int:
 
 
 def _sweep_arguments(arguments):
-    """Name the folder of a sweep after its experiment where the user named none: the command finds it."""
+    """Name the folder of a sweep after its experiment where the user named none, its jobs after what varies."""
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    fixed = [argument.partition("=")[0].lstrip("+~") for argument in arguments if not is_swept(argument)]
+    quoted = ",".join(f"'{key}'" for key in fixed if not key.startswith("-"))
     # an experiment that is itself swept does not name the folder
-    experiment = given.get("experiment", "default")
-    folder = given.get("run_dir") or f"sweeps/{'sweep' if ',' in experiment else experiment}"
+    swept = "experiment" in given and "experiment" not in fixed
+    folder = given.get("run_dir") or f"sweeps/{'sweep' if swept else given.get('experiment', 'default')}"
     extra = [] if "run_dir" in given else [f"run_dir={folder}"]
-    return [*extra, f"hydra.sweep.dir={folder}"]
+    return [*extra, f"hydra.sweep.dir={folder}", f"hydra.job.config.override_dirname.exclude_keys=[{quoted}]"]

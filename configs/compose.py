@@ -6,12 +6,14 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from configs.check import check
+from configs.messages import plain
 from configs.schema import ConfigError, register
 
 CONFIG_DIR = Path(__file__).resolve().parent
+MAX_NAME = 120  # letters of a folder's name
 
 
 def compose_config(overrides: list[str], config_name: str = "train") -> DictConfig:
@@ -38,7 +40,18 @@ def name_experiment(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
 def task_overrides() -> list[str]:
     """The overrides of the job that Hydra is running as they were typed: a `${...}` in one stays as it is."""
-    return OmegaConf.to_container(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    return plain(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def job_folder() -> str:
+    """Folder name of the job of a sweep that Hydra is running: its number, what the sweep varies, other overrides."""
+    job = HydraConfig.get().job
+    fixed = job.config.override_dirname.exclude_keys
+    words = [word for word in task_overrides() if not word.startswith("run_dir=")]
+    # a long name is cut: what differs between jobs must not be
+    words.sort(key=lambda word: word.partition("=")[0].lstrip("+~") in fixed)
+    text = "".join(letter if letter.isalnum() or letter in "=,.-_" else "-" for letter in ",".join(words))
+    return f"{job.num}_{text}"[:MAX_NAME]
 
 
 def open_keys(arguments: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ def effective_phases(cfg: DictConfig) -> list[PhaseConfig]:
     cap = cfg.schedule.cap
     phases, attention = [], {}
     for node in cfg.schedule.phases:
-        phase = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PhaseConfig), node))
+        phase: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PhaseConfig), node))
         steps = _capped(phase.steps, cap.steps)
         phase.warmup_steps = phase.warmup_steps * steps // phase.steps
         phase.steps = steps
@@ -39,7 +39,7 @@ def cap_window(window: Any, limit: int | None) -> Any:
 
 def build_model(cfg: DictConfig):
     """The model of a run, its window under `schedule.cap.window` too."""
-    node = OmegaConf.to_container(cfg.model, resolve=True)
+    node: Any = OmegaConf.to_container(cfg.model, resolve=True)
     attention = node.get("attention")
     if isinstance(attention, dict) and "window" in attention:
         attention["window"] = cap_window(attention["window"], cfg.schedule.cap.window)
@@ -67,13 +67,16 @@ def phase_patterns(cfg: DictConfig, phases: list[PhaseConfig]) -> list[list]:
     return patterns
 
 
-def check_lengths(phases: list[PhaseConfig], max_seq_len: int, world_size: int) -> None:
-    """ConfigError for a phase longer than the training split, or a batch that processes cannot share."""
+def check_against_data(cfg: DictConfig, phases: list[PhaseConfig], task: Any, world_size: int) -> None:
+    """ConfigError for a phase longer than the data, a vocabulary too small, a batch that processes cannot share."""
+    vocab_size = cfg.model.get("vocab_size")
+    if vocab_size is not None and vocab_size < task.vocab_size:
+        raise ConfigError(f"model.vocab_size is {vocab_size}, the data needs at least {task.vocab_size}")
     for index, phase in enumerate(phases):
         where = f"schedule.phases.{index}"
-        if phase.seq_len > max_seq_len:
+        if phase.seq_len > task.max_seq_len:
             raise ConfigError(
-                f"{where}.seq_len is {phase.seq_len}, the training split allows at most {max_seq_len}: "
+                f"{where}.seq_len is {phase.seq_len}, the training split allows at most {task.max_seq_len}: "
                 "shorten the phase or give more data"
             )
         if phase.batch_size % world_size:

@@ -18,7 +18,8 @@ def load_run(run_dir: str | Path) -> DictConfig:
     path = Path(run_dir).expanduser() / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"run_dir={run_dir} is no run folder: it holds no config.yaml")
-    return check(OmegaConf.load(path))
+    saved: Any = OmegaConf.load(path)
+    return check(saved)
 
 
 def evaluation_settings(cfg: DictConfig, run: DictConfig) -> dict[str, Any]:
@@ -51,3 +52,13 @@ def check_same_run(run_dir: Path, cfg: DictConfig) -> None:
         raise ConfigError(
             f"run_dir={run_dir} holds a run with another configuration ({shown}): use the same or another run_dir"
         )
+
+
+def check_same_data(saved: dict, found: dict, checkpoint: str) -> None:
+    """ConfigError where a checkpoint was trained on other data than is here now, by what their fingerprints say."""
+    # the same bytes may lie in another file
+    keys = (saved.keys() | found.keys()) - {"source"}
+    changed = sorted(key for key in keys if saved.get(key) != found.get(key))
+    if changed:
+        listed = ", ".join(f"{key} was {saved.get(key)}, is {found.get(key)}" for key in changed)
+        raise ConfigError(f"{checkpoint} was trained on other data ({listed}): give the same, or start a new run")

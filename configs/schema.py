@@ -216,10 +216,9 @@ def build(node: DictConfig | dict, where: str, **runtime) -> Any:
     Options are plain Python values, no configuration object travels further. `runtime` adds arguments that no
     configuration holds. Raises ConfigError for a target not ours and for a value the constructor refuses.
     """
-    if isinstance(node, DictConfig):
-        node = OmegaConf.to_container(node, resolve=True)
+    plain: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     cls = target_class(node, where)
-    options = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+    options = {key: value for key, value in plain.items() if key not in ("_target_", "_partial_")}
     for key, value in options.items():
         if isinstance(value, dict) and "_target_" in value:
             options[key] = build(value, f"{where}.{key}")

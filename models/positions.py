@@ -38,7 +38,7 @@ class RelativePositions(nn.Module):
 
     The score of a key at distance r gains (q + position_bias) . W R_r, and the content term uses q + content_bias.
     Both biases are [H, D] and shared by all layers; W is this layer's own. Only window + 1 distances occur, so the
-    projected sinusoids are computed for those alone and no shift of a T x T matrix is needed.
+    projected sinusoids are computed for those within reach and no shift of a T x T matrix is needed.
 
     forward(query, key, pattern) takes [B, T, H, D]; pattern must be causal.
     """
@@ -54,18 +54,15 @@ class RelativePositions(nn.Module):
 
     def forward(self, query, key, pattern):
         """Query with the content bias, key as it is, and the position term as arguments of the kernel."""
-        distance = self._distances(pattern, query.device)  # [H, C]
-        width = int(distance.shape[1])
-        distances, index = torch.unique(distance, return_inverse=True)
         dtype = self.project.weight.dtype
-        # half precision cannot tell large distances apart
-        sines = sinusoids(distances.to(torch.promote_types(dtype, torch.float32)), self.dim).to(dtype)
-        projected = self.project(self.dropout(sines))  # [distances, M]
-        projected = projected.view(-1, self.num_heads, self.dim // self.num_heads)
-        heads = torch.arange(self.num_heads, device=query.device)[:, None].expand(-1, width)
+        # every distance a window spans, though a dilated head uses some alone: no shape depends on a tensor's content
+        sines = sinusoids(torch.arange(pattern.reach + 1, device=query.device), self.dim).to(dtype)
+        projected = self.project(self.dropout(sines)).unflatten(-1, (self.num_heads, -1))  # [reach + 1, H, D]
+        distance = self._distances(pattern, query.device)  # [H, C]
+        heads = torch.arange(self.num_heads, device=query.device)[:, None]
         terms = {
             "position_query": query + self.biases.position.to(query.dtype),
-            "position_key": projected[index, heads].to(query.dtype),  # [H, C, D]
+            "position_key": projected[distance, heads].to(query.dtype),  # [H, C, D]
         }
         return query + self.biases.content.to(query.dtype), key, terms
 
@@ -88,7 +85,7 @@ class SharedBiases(nn.Module):
 
 
 def sinusoids(distance: torch.Tensor, dim: int) -> torch.Tensor:
-    """[N] distances -> [N, dim] of their dtype: sines, then cosines, of frequencies 10000^(-2k / dim)."""
-    frequency = 10_000.0 ** (-torch.arange(0, dim, 2, device=distance.device, dtype=distance.dtype) / dim)
+    """[N] distances -> float64 [N, dim]: sines, then cosines, of frequencies 10000^(-2k / dim)."""
+    frequency = 10_000.0 ** (-torch.arange(0, dim, 2, device=distance.device, dtype=torch.float64) / dim)
     phase = distance[:, None] * frequency
     return torch.cat([phase.sin(), phase.cos()], dim=-1)

@@ -14,7 +14,7 @@ from reports.metrics import headline_metric, is_number, metric_named
 from reports.run_folder import RunFolder, find_runs, flatten, read_run
 
 # where a run lies, what it prints and what it keeps: none of it changes what is learned
-LOCAL_KEYS = ("run_dir", "data.cache_dir", "data.workers")
+LOCAL_KEYS = ("run_dir", "device", "num_threads", "data.cache_dir", "data.workers")
 LOCAL_GROUPS = ("train.", "tracker.", "hydra.")
 MISSING = "(not set)"
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,9 @@ class CharLMTask:
     name = "char_lm"
     metric = "bpc"
 
-    def __init__(self, dataset: str, *, data: Mapping, sample_chars: int = 300):
+    def __init__(self, dataset: Literal["text8", "enwik8", "python_source"], *, data: Mapping, sample_chars: int = 300):
+        if sample_chars < 0:
+            raise ValueError(f"sample_chars is {sample_chars}, it must be at least 0")
         self.dataset = dataset
         self.sample_chars = sample_chars
         self.workers = data["workers"]
@@ -44,6 +46,11 @@ class CharLMTask:
     def fingerprint(self) -> dict:
         """What was read: digests, sizes, versions. A run goes on only with the same."""
         return {"dataset": self.dataset, **self.corpus.fingerprint}
+
+    @property
+    def vocab_size(self) -> int:
+        """Symbols a model must know."""
+        return self.corpus.vocab_size
 
     @property
     def max_seq_len(self) -> int:

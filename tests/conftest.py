@@ -1,6 +1,8 @@
-"""Fixtures of every test: seeds, no network, uninitialised memory that shows, and where the real data is."""
+"""Fixtures of every test: seeds, no network but this machine, memory that shows when unwritten, the real data."""
 
+import ipaddress
 import os
+import socket
 from pathlib import Path
 
 # before any library reads them
@@ -32,6 +34,20 @@ def deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Connections from the test process to another machine fail."""
+    connect = socket.socket.connect
+
+    def local_only(self, address):
+        host = address[0] if isinstance(address, tuple) else None
+        if host is not None and host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+            raise ConnectionRefusedError(f"tests reach no other machine: {host}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
 
 
 @pytest.fixture(scope="session")

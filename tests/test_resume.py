@@ -49,8 +49,7 @@ def cut(straight, target, step):
 
 
 @pytest.mark.parametrize("step", [2, 3, 5, 8])
-@pytest.mark.parametrize("log_every", [1, 3])
-def test_resumed_run_ends_like_the_straight_one(straight, tmp_path, step, log_every):
+def test_resumed_run_ends_like_the_straight_one(straight, tmp_path, step):
     target = tmp_path / "run"
     arguments = cut(straight, target, step)
     ended = run_train(*arguments, f"run_dir={target}", cwd=tmp_path)

@@ -68,10 +68,11 @@ def test_failing_jobs_do_not_stop_the_others(tmp_path):
     assert "Traceback" not in ended.err
 
 
-def test_sweep_over_experiments_names_each_run_after_its_own(tmp_path):
+@pytest.mark.parametrize("swept", ["enwik8_small,text8_small", "glob(*8_small)"])
+def test_sweep_over_experiments_names_each_run_after_its_own(tmp_path, swept):
     names = []
     ended = run_train(
-        *("-m", "experiment=enwik8_small,text8_small", "size=debug"),
+        *("-m", f"experiment={swept}", "size=debug"),
         cwd=tmp_path,
         job=lambda cfg: names.append((cfg.experiment_name, cfg.run_dir)),
     )

@@ -7,10 +7,13 @@ import sys
 
 import pytest
 
+from configs.compose import CONFIG_DIR, compose_config
 from models.char_lm import CharLM
 from tasks.char_lm import CharLMTask
 from tests.command import metrics_of, phases, run_train, small_run
 from tests.helpers import ROOT, run_python
+
+EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -141,18 +144,19 @@ def test_phases_change_length_batch_rate_and_windows(tmp_path, no_report, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("experiment", "file"), [("enwik8_small", "enwik8/enwik8_head.xz"), ("text8_small", "text8/text8_head.xz")]
-)
-def test_paper_runs_take_all_five_phases_on_real_text(tmp_path, no_report, data_file, monkeypatch, experiment, file):
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_takes_all_its_phases_on_real_text(tmp_path, no_report, data_file, monkeypatch, experiment):
     monkeypatch.setattr("tasks.char_lm.baselines", lambda train, test: {"gzip": 2.5})
-    arguments = (f"experiment={experiment}", "size=debug", f"data.path={data_file(file)}", "eval.share=0.001")
-    arguments = (*arguments, f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}", "device=cpu")
-    quiet = ("tracker.wandb.mode=disabled", "tracker.tensorboard=false")
+    cfg = compose_config([f"experiment={experiment}"])
+    dataset = cfg.task.dataset
+    arguments = (f"experiment={experiment}", "size=debug", f"data.path={data_file(f'{dataset}/{dataset}_head.xz')}")
+    arguments = (*arguments, "eval.share=0.001", f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}")
+    quiet = ("tracker.wandb.mode=disabled", "tracker.tensorboard=false", "device=cpu", "num_threads=1")
     ended = run_train(*arguments, *quiet, cwd=tmp_path)
     assert ended.code == 0, ended.err
-    assert [line["phase"] for line in metrics_of(tmp_path / "run") if "train/loss" in line] == sorted([*range(5)] * 3)
-    assert read(tmp_path / "run", "result.json")["data"]["dataset"] == experiment.partition("_")[0]
+    trained = [line["phase"] for line in metrics_of(tmp_path / "run") if "train/loss" in line]
+    assert trained == [index for index in range(len(cfg.schedule.phases)) for _ in range(3)]
+    assert read(tmp_path / "run", "result.json")["data"]["dataset"] == dataset
 
 
 def test_accumulated_batch_gives_the_losses_of_the_whole(tmp_path, no_report):
@@ -201,7 +205,9 @@ def test_seed_changes_weights_and_data(tmp_path, no_report, monkeypatch):
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, no_report):
     schedule = phases({"seq_len": 32, "batch_size": 2, "steps": 20, "lr": 1e30})
     ended = run_train(*small_run(tmp_path), *schedule, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
-    assert ended.code == 5 and ended.err.startswith("error: the loss is nan by step ") and "Traceback" not in ended.err
+    assert (
+        ended.code == 5 and ended.err.startswith("error: train/loss is nan by step ") and "Traceback" not in ended.err
+    )
     assert "lower the learning rate" in ended.err
     assert read(tmp_path / "run", "status.json")["status"] == "failed"
 

@@ -22,7 +22,10 @@ def evaluate(
     settings: Mapping[str, Any],
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """`task.evaluate` in a resolved precision, shared by the processes; `show` gets a line every few seconds."""
+    """`task.evaluate` in a resolved precision, shared by the processes; `show` gets a line every few seconds.
+
+    The result also names what the number depends on: task, split, precision, device and data.
+    """
     started = reported = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -34,7 +37,7 @@ def evaluate(
             show(f"evaluating {split}: {done / total:.0%}, {left:.0f} s left")
 
     with autocast(precision, dist.device):
-        return task.evaluate(
+        scores = task.evaluate(
             model,
             split,
             **settings,
@@ -43,3 +46,11 @@ def evaluate(
             reduce=dist.all_reduce_sum,
             progress=progress,
         )
+    return {
+        "task": task.name,
+        "split": split,
+        **scores,
+        "precision": precision,
+        "device": dist.device.type,
+        "data": task.fingerprint,
+    }

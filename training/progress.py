@@ -1,9 +1,12 @@
 """Live progress: one updating line on a terminal, one plain line per report elsewhere."""
 
+import contextlib
+import logging
 import resource
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 # ahead of others in the line: the number a person looks at first
 HEADLINES = ("train/bpc", "train/accuracy", "train/loss")
 REDRAW_S = 0.2
+log = logging.getLogger(__name__)
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class ProgressReporter:
@@ -63,8 +68,9 @@ class ProgressReporter:
             self._bar.refresh()
 
     def message(self, text: str) -> None:
-        """Print a line of its own, above the live line on a terminal."""
+        """Print a line of its own, above the live line on a terminal, and log it."""
         if self._enabled:
+            log.info("%s", text)
             self._console.print(text, markup=False)
 
     def close(self) -> None:
@@ -121,11 +127,24 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
 
 
+def reset_peak_memory(device: torch.device | str) -> None:
+    """Forget the peak so far, where that can be done (CUDA, Linux): a sweep may run several runs in one process."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        CLEAR_REFS.write_text("5")  # proc(5): resets VmHWM
+
+
 def peak_memory_bytes(device: torch.device | str) -> int:
-    """Most memory this process has held so far: tensors of a CUDA device, or resident memory on a CPU."""
+    """Most memory held since the last reset: tensors of a CUDA device, or resident memory of this process on a CPU."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kibibytes elsewhere
 

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
@@ -77,7 +78,10 @@ class RunDir:
         self._metrics.flush()
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl with a step above `step`, and a last line cut by a crash."""
+        """Drop the lines of metrics.jsonl with a step above `step`, and a last line cut by a crash.
+
+        The final test follows the last checkpoint, so a line of its numbers goes too.
+        """
         self.close()
         path = self.path / "metrics.jsonl"
         if not path.exists():
@@ -85,7 +89,8 @@ class RunDir:
         kept = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                entry = json.loads(line)
+                if entry["step"] <= step and not any(name.startswith("test/") for name in entry):
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
@@ -97,6 +102,27 @@ class RunDir:
         if diff:
             write_text(self.path / "dirty.diff", diff)
         self.write_json("env.json", environment)
+
+    @contextlib.contextmanager
+    def log_file(self) -> Iterator[None]:
+        """Append what is logged from INFO on to train.log; warnings go on to stderr as well."""
+        root = logging.getLogger()
+        level, before = root.level, list(root.handlers)
+        file = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handlers = [file]
+        if not before and logging.lastResort is not None:
+            handlers.append(logging.lastResort)  # which logging drops as soon as there is any other
+        for handler in handlers:
+            root.addHandler(handler)
+        root.setLevel(min(level, logging.INFO))
+        try:
+            yield
+        finally:
+            root.setLevel(level)
+            for handler in handlers:
+                root.removeHandler(handler)
+            file.close()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

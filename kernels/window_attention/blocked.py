@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.window_attention.pattern import WindowPattern
 
-# bytes of overlapping keys (the gradient of the view, a real copy) that one call may cause: bounds the extra memory
+# bytes of overlapping keys (the gradient of the view, a real copy) that one SDPA call may cause
 CHUNK_BYTES = 16 * 2**20
 # bytes of explicit scores or masks kept for the backward pass; beyond it they are made again, a chunk at a time
 KEEP_BYTES = 256 * 2**20
@@ -30,7 +30,10 @@ def window_attention(
     position_query: torch.Tensor | None = None,
     position_key: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `reference.window_attention`, in time and memory linear in T: nothing of T x T or T x window is kept."""
+    """As `reference.window_attention`, in time and memory linear in T.
+
+    Nothing of T x T is made, and of T x window at most KEEP_BYTES a group of heads is kept for the backward pass.
+    """
     groups: dict[tuple[int, int], list[int]] = {}
     for head, kind in enumerate(zip(pattern.window, pattern.dilation, strict=True)):
         groups.setdefault(kind, []).append(head)
@@ -152,16 +155,23 @@ class _Blocks:
         return self.left + self.block + self.right
 
     def ranges(self, most):
-        """Blocks by mask, at most `most` together: those that touch the start, those with the plain band, the end."""
+        """Blocks by mask, at most `most` together: at the start, with the plain band, at the end."""
         first = min(-(-self.left // self.block), self.num_blocks)
         last = min(max(first, (self.seq_len - self.right) // self.block), self.num_blocks)
-        bounds = sorted({0, first, last, self.num_blocks, *range(first, last, most)})
+        bounds = {0, first, last, self.num_blocks}
+        for start, stop in ((0, first), (first, last), (last, self.num_blocks)):
+            bounds.update(range(start, stop, most))
+        bounds = sorted(bounds)
         return list(zip(bounds, bounds[1:], strict=False))
+
+    def is_plain(self, first, last):
+        """Whether no key of these blocks lies off either end, so that one mask serves them all."""
+        return first * self.block >= self.left and last * self.block + self.right <= self.seq_len
 
     def band(self, first, last, like):
         """Additive mask [1, blocks or 1, block, span] of a range of blocks: 0 where a key is seen, -inf elsewhere."""
-        interior = first * self.block >= self.left and last * self.block + self.right <= self.seq_len
-        starts = torch.arange(first, first + 1 if interior else last, device=like.device)[:, None, None] * self.block
+        stop = first + 1 if self.is_plain(first, last) else last
+        starts = torch.arange(first, stop, device=like.device)[:, None, None] * self.block
         rows = starts + torch.arange(self.block, device=like.device)[:, None]
         cols = starts - self.left + torch.arange(self.span, device=like.device)  # [blocks, 1, span]
         seen = (cols >= rows - self.left) & (cols <= rows + self.right) & (cols >= 0) & (cols < self.seq_len)
@@ -177,16 +187,16 @@ def _windows(problems, left, right, scale):
     bytes_per_block = blocks.span * head_dim * element
     chunk = max(1, min(num_problems, CHUNK_BYTES // (blocks.num_blocks * bytes_per_block)))
     ranges = blocks.ranges(max(1, CHUNK_BYTES // (chunk * bytes_per_block)))
-    masks = [blocks.band(first, last, problems.query) for first, last in ranges]
     scores_bytes = num_problems * blocks.num_blocks * blocks.block * blocks.span * element
-    kept = _explicit(problems) or problems.valid is not None
+    # scores, or masks that differ from row to row: what autograd would hold beside inputs and outputs
+    kept = _explicit(problems) or problems.valid is not None or blocks.num_blocks < 2 * (left + right) // blocks.block
     recompute = kept and scores_bytes > KEEP_BYTES and torch.is_grad_enabled()
     outputs = []
     for part in problems.split(chunk):
         if recompute:
-            outputs.append(checkpoint(_attend_blocks, part, blocks, ranges, masks, scale, use_reentrant=False))
+            outputs.append(checkpoint(_attend_blocks, part, blocks, ranges, scale, use_reentrant=False))
         else:
-            outputs.append(_attend_blocks(part, blocks, ranges, masks, scale))
+            outputs.append(_attend_blocks(part, blocks, ranges, scale))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -217,14 +227,18 @@ class _OverlappingBlocks(torch.autograd.Function):
         return total.flatten(1, 2)[:, :length], None, None, None
 
 
-def _attend_blocks(problems, blocks, ranges, masks, scale):
+def _attend_blocks(problems, blocks, ranges, scale):
     """Some of the problems, padded to whole blocks, one range of blocks at a time: [P, N, D]."""
     keys_pad, rows_pad = (0, 0, blocks.left, blocks.right + blocks.tail), (0, 0, 0, blocks.tail)
     query = F.pad(problems.query, rows_pad).unflatten(1, (-1, blocks.block))  # [P, blocks, block, D]
     key_views = _OverlappingBlocks.apply(F.pad(problems.key, keys_pad), ranges, blocks.block, blocks.span)
     value_views = _OverlappingBlocks.apply(F.pad(problems.value, keys_pad), ranges, blocks.block, blocks.span)
-    outputs = []
-    for (first, last), mask, keys, values in zip(ranges, masks, key_views, value_views, strict=True):
+    outputs, plain = [], None
+    for (first, last), keys, values in zip(ranges, key_views, value_views, strict=True):
+        if blocks.is_plain(first, last):
+            mask = plain = blocks.band(first, last, problems.query) if plain is None else plain
+        else:
+            mask = blocks.band(first, last, problems.query)
         if problems.valid is not None:
             mask = _mask_invalid(mask, problems.valid[..., 0], first, last, blocks)
         rows = query[:, first:last]

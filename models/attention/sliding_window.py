@@ -1,6 +1,7 @@
 """Longformer's sliding-window self-attention as a module (arXiv 2004.05150, section 3.1)."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ class SlidingWindowAttention(nn.Module):
         causal: bool,
         window: int | Sequence,
         dilation: int | Sequence = 1,
-        impl: str = "auto",
+        impl: Literal["auto", "blocked", "reference"] = "auto",
     ):
         super().__init__()
         self.layer, self.num_layers, self.num_heads = layer, num_layers, num_heads

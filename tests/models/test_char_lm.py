@@ -151,7 +151,7 @@ def test_a_small_batch_is_learned_by_heart(positions):
 def test_compiled_it_gives_the_same_logits(positions):
     model = tiny_model(positions=positions, num_layers=1, dilation=[[1, 2, 1, 2]])
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(text(40)), model(text(40)), rtol=1e-9, atol=1e-12)
 
 

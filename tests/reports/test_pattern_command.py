@@ -10,7 +10,7 @@ from reports.pattern import main, print_numbers
 from reports.pattern_numbers import pattern_numbers
 from tests.helpers import run_python
 
-TINY = ["model.dim=32", "model.num_layers=3", "model.num_heads=4"]
+TINY = ["model.dim=32", "model.num_layers=3", "model.num_heads=4", "model.attention.window=8"]
 PHASES = (
     "schedule.phases=[{seq_len:64,batch_size:2,steps:4,lr:0.001,attention:{window:[2,4,4]}},"
     "{seq_len:96,batch_size:2,steps:4,lr:0.001,attention:{window:[4,8,8],dilation:[1,1,[1,1,2,2]]}}]"

@@ -25,7 +25,7 @@ def alone(sums):
 def test_micro_batches_add_up_to_the_mean_of_a_step(clock):
     counter = Meter()
     for loss in (30.0, 50.0):
-        counter.add({"loss": torch.tensor(loss), "bpc": torch.tensor(2 * loss)}, 40)
+        counter.add({"loss": torch.tensor(loss), "bpc": torch.tensor(2 * loss)}, 20)
     counter.step(40)
     clock.now += 1
     metrics, _ = counter.report(alone)
@@ -33,7 +33,7 @@ def test_micro_batches_add_up_to_the_mean_of_a_step(clock):
     assert metrics["train/bpc"] == pytest.approx(160 / 40)
 
 
-def test_an_interval_is_the_mean_over_its_steps(clock):
+def test_an_interval_is_the_mean_over_its_targets(clock):
     counter = Meter()
     for loss in (10.0, 20.0, 60.0):
         counter.add({"loss": torch.tensor(loss)}, 10)
@@ -66,12 +66,12 @@ def test_other_processes_are_summed_in(clock):
 
     def with_another(sums):
         calls.append(sums)
-        return sums + torch.tensor([0.5, 0.2], dtype=sums.dtype)
+        return sums + torch.tensor([0.5, 0.2, 30], dtype=sums.dtype)  # the last is its number of targets
 
     metrics, _ = counter.report(with_another)
     assert len(calls) == 1, "one message for all metrics"
-    assert metrics["train/loss"] == pytest.approx(0.8)
-    assert metrics["train/bpc"] == pytest.approx(0.3)
+    assert metrics["train/loss"] == pytest.approx(3.5 / 40)
+    assert metrics["train/bpc"] == pytest.approx(1.2 / 40)
 
 
 def test_time_between_a_report_and_restart_is_not_training(clock):
@@ -122,4 +122,4 @@ def test_small_losses_are_not_lost_in_long_sums(clock):
         counter.add({"loss": torch.tensor(0.5)}, 1)
     counter.step(1)
     clock.now += 1
-    assert counter.report(alone)[0]["train/loss"] == 2**24 + 50
+    assert counter.report(alone)[0]["train/loss"] == (2**24 + 50) / 101

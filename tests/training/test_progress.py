@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from training import progress
-from training.progress import ProgressReporter, describe, format_duration, peak_memory_bytes
+from training.progress import ProgressReporter, describe, format_duration, peak_memory_bytes, reset_peak_memory
 
 LINE = {
     "step": 1500,
@@ -88,10 +88,14 @@ def test_durations(seconds, text):
     assert format_duration(seconds) == text
 
 
-def test_peak_memory_grows_with_what_is_held():
-    before = peak_memory_bytes("cpu")
-    assert before > 2**24
-    held = torch.ones(64 * 2**20, dtype=torch.uint8)
-    assert peak_memory_bytes("cpu") >= before
-    assert peak_memory_bytes("cpu") < 2**40
+def test_peak_memory_counts_from_the_reset():
+    held = torch.ones(256 * 2**20, dtype=torch.uint8)
+    with_it = peak_memory_bytes("cpu")
+    assert with_it > 256 * 2**20
+    del held
+    reset_peak_memory("cpu")
+    without = peak_memory_bytes("cpu")
+    assert without < with_it - 200 * 2**20
+    held = torch.ones(128 * 2**20, dtype=torch.uint8)
+    assert peak_memory_bytes("cpu") > without + 100 * 2**20
     del held
