@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.window_attention.pattern import WindowPattern
 
 # bytes of overlapping keys (the gradient of the view, a real copy) that one SDPA call may cause
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 8 * 2**20
 # bytes of explicit scores or masks kept for the backward pass; beyond it they are made again, a chunk at a time
 KEEP_BYTES = 256 * 2**20
 
@@ -182,7 +182,7 @@ class _Blocks:
 def _windows(problems, left, right, scale):
     """Undilated windows: problems of length N -> [P, N, D]."""
     num_problems, seq_len, head_dim = problems.query.shape
-    blocks = _Blocks(seq_len, left, right, _block_size(seq_len, left + right))
+    blocks = _Blocks(seq_len, left, right, _block_size(seq_len, left + right, _explicit(problems)))
     element = problems.query.element_size()
     bytes_per_block = blocks.span * head_dim * element
     chunk = max(1, min(num_problems, CHUNK_BYTES // (blocks.num_blocks * bytes_per_block)))
@@ -200,9 +200,13 @@ def _windows(problems, left, right, scale):
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _block_size(seq_len, reach):
-    """Queries a block: half of what they see, so that about a third of the score tile is masked, within 64 to 256."""
-    return min(seq_len, max(64, min(256, 1 << max(reach // 2 - 1, 1).bit_length())))
+def _block_size(seq_len, reach, explicit):
+    """Queries a block, a power of two: small blocks compute fewer masked scores, large ones multiply faster.
+
+    SDPA is at its best with a quarter of the keys a query sees, explicit scores with half of them (docs/LOG.md).
+    """
+    aim = reach // (2 if explicit else 4)
+    return min(seq_len, max(64, min(256, 1 << max(aim - 1, 1).bit_length())))
 
 
 class _OverlappingBlocks(torch.autograd.Function):
