@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.window_attention.pattern import WindowPattern
 
 # bytes of overlapping keys (the gradient of the view, a real copy) that one SDPA call may cause
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 16 * 2**20
 # bytes of explicit scores or masks kept for the backward pass; beyond it they are made again, a chunk at a time
 KEEP_BYTES = 256 * 2**20
 
@@ -209,36 +209,55 @@ def _block_size(seq_len, reach, explicit):
     return min(seq_len, max(64, min(256, 1 << max(aim - 1, 1).bit_length())))
 
 
-class _OverlappingBlocks(torch.autograd.Function):
-    """[P, L, D] -> one view [P, blocks, span, D] a range, starts `block` apart; the backward adds shifted slices."""
+class _Stretches(torch.autograd.Function):
+    """[P, L, D] -> a view of each stretch of rows, which may overlap; the backward adds their gradients up."""
 
     @staticmethod
-    def forward(ctx, padded, ranges, block, span):
-        ctx.shape, ctx.ranges, ctx.block, ctx.span = padded.shape, ranges, block, span
-        every = padded.unfold(1, span, block).transpose(-1, -2)
-        return tuple(every[:, first:last] for first, last in ranges)
+    def forward(ctx, padded, stretches):
+        ctx.shape, ctx.stretches = padded.shape, stretches
+        return tuple(padded[:, first:last] for first, last in stretches)
 
     @staticmethod
     def backward(ctx, *grads):
-        num_problems, length, dim = ctx.shape
-        block, pieces = ctx.block, -(-ctx.span // ctx.block)
-        num_blocks = ctx.ranges[-1][1]
-        total = grads[0].new_zeros(num_problems, num_blocks - 1 + pieces, block, dim)
-        for (first, last), grad in zip(ctx.ranges, grads, strict=True):
-            for piece in range(pieces):
-                part = grad[:, :, piece * block : (piece + 1) * block]
-                total[:, first + piece : last + piece, : part.shape[2]] += part
-        return total.flatten(1, 2)[:, :length], None, None, None
+        total = grads[0].new_zeros(ctx.shape)
+        for (first, last), grad in zip(ctx.stretches, grads, strict=True):
+            total[:, first:last] += grad
+        return total, None
+
+
+class _OverlappingBlocks(torch.autograd.Function):
+    """[P, L, D] -> a view [P, blocks, span, D], starts `block` apart; the backward adds shifted slices."""
+
+    @staticmethod
+    def forward(ctx, rows, block, span):
+        ctx.shape, ctx.block = rows.shape, block
+        return rows.unfold(1, span, block).transpose(-1, -2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        num_problems, num_blocks, span, dim = grad.shape
+        pieces = -(-span // ctx.block)
+        total = grad.new_zeros(num_problems, num_blocks - 1 + pieces, ctx.block, dim)
+        for piece in range(pieces):
+            part = grad[:, :, piece * ctx.block : (piece + 1) * ctx.block]
+            total[:, piece : piece + num_blocks, : part.shape[2]] += part
+        return total.flatten(1, 2)[:, : ctx.shape[1]], None, None
 
 
 def _attend_blocks(problems, blocks, ranges, scale):
     """Some of the problems, padded to whole blocks, one range of blocks at a time: [P, N, D]."""
     keys_pad, rows_pad = (0, 0, blocks.left, blocks.right + blocks.tail), (0, 0, 0, blocks.tail)
-    query = F.pad(problems.query, rows_pad).unflatten(1, (-1, blocks.block))  # [P, blocks, block, D]
-    key_views = _OverlappingBlocks.apply(F.pad(problems.key, keys_pad), ranges, blocks.block, blocks.span)
-    value_views = _OverlappingBlocks.apply(F.pad(problems.value, keys_pad), ranges, blocks.block, blocks.span)
+    # without a tail F.pad would copy
+    query = F.pad(problems.query, rows_pad) if blocks.tail else problems.query
+    query = query.unflatten(1, (-1, blocks.block))  # [P, blocks, block, D]
+    # two steps, so that the gradient of one range's overlapping copies is folded before the next one's is made
+    stretches = [(first * blocks.block, (last - 1) * blocks.block + blocks.span) for first, last in ranges]
+    key_parts = _Stretches.apply(F.pad(problems.key, keys_pad), stretches)
+    value_parts = _Stretches.apply(F.pad(problems.value, keys_pad), stretches)
     outputs, plain = [], None
-    for (first, last), keys, values in zip(ranges, key_views, value_views, strict=True):
+    for (first, last), keys, values in zip(ranges, key_parts, value_parts, strict=True):
+        keys = _OverlappingBlocks.apply(keys, blocks.block, blocks.span)  # [P, blocks, span, D]
+        values = _OverlappingBlocks.apply(values, blocks.block, blocks.span)
         if blocks.is_plain(first, last):
             mask = plain = blocks.band(first, last, problems.query) if plain is None else plain
         else:
