@@ -5,6 +5,7 @@ classes, each an undilated window problem on every d-th token, so a dilated head
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -34,19 +35,26 @@ def window_attention(
 
     Nothing of T x T is made, and of T x window at most KEEP_BYTES a group of heads is kept for the backward pass.
     """
-    groups: dict[tuple[int, int], list[int]] = {}
-    for head, kind in enumerate(zip(pattern.window, pattern.dilation, strict=True)):
-        groups.setdefault(kind, []).append(head)
-    repeats = query.shape[2] // key.shape[2]
+    batch, seq_len, num_heads, head_dim = query.shape
+    kinds = list(zip(pattern.window, pattern.dilation, strict=True))
+    # heads of one window and dilation together, in parts whose overlapping keys (about five copies) fit CHUNK_BYTES;
+    # split and concatenated by head, inputs, results and gradients are written once, in the layout they come in
+    order = sorted(range(num_heads), key=lambda head: kinds.index(kinds[head]))
+    most = max(1, CHUNK_BYTES // (5 * batch * seq_len * head_dim * query.element_size()))
+    parts = [part for _, group in groupby(order, key=lambda head: kinds[head]) for part in _parts(list(group), most)]
+    repeats = num_heads // key.shape[2]
+    sizes = [len(part) for part in parts]
+    queries, positions = (_by_head(tensor, order, sizes) for tensor in (query, position_query))
+    keys, values = (_by_head(tensor, [head // repeats for head in order], sizes) for tensor in (key, value))
     outputs = []
-    for (window, dilation), heads in groups.items():
-        key_heads = [head // repeats for head in heads]
+    for index, part in enumerate(parts):
+        window, dilation = kinds[part[0]]
         out = _head_group(
-            _take_heads(query, heads),
-            _take_heads(key, key_heads),
-            _take_heads(value, key_heads),
-            None if position_query is None else _take_heads(position_query, heads),
-            None if position_key is None else position_key[heads],
+            queries[index],
+            keys[index],
+            values[index],
+            positions[index],
+            None if position_key is None else position_key[part],
             valid,
             window=window,
             dilation=dilation,
@@ -54,19 +62,23 @@ def window_attention(
             scale=scale,
         )
         outputs.append(out)
-    if len(outputs) == 1:
-        return outputs[0]
-    order = sum(groups.values(), [])
-    if order == sorted(order):
-        return torch.cat(outputs, dim=2)
-    return torch.cat(outputs, dim=2)[:, :, torch.tensor(order, device=query.device).argsort()]
+    out = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+    if order == list(range(num_heads)):
+        return out
+    return out[:, :, torch.tensor(order, device=out.device).argsort()]
 
 
-def _take_heads(tensor, heads):
-    """Heads of [B, T, H, D]: a view where they are neighbours, a gathered copy otherwise."""
-    if heads == list(range(heads[0], heads[0] + len(heads))):
-        return tensor[:, :, heads[0] : heads[0] + len(heads)]
-    return tensor[:, :, heads]
+def _parts(heads, most):
+    return [heads[first : first + most] for first in range(0, len(heads), most)]
+
+
+def _by_head(tensor, heads, sizes):
+    """[B, T, H, D] -> its heads in an order, in parts of these sizes; one None a part where there is no tensor."""
+    if tensor is None:
+        return [None] * len(sizes)
+    if heads != list(range(tensor.shape[2])):
+        tensor = tensor[:, :, heads]
+    return tensor.split(sizes, dim=2)
 
 
 def _head_group(query, key, value, position_query, position_key, valid, *, window, dilation, causal, scale):
