@@ -110,7 +110,7 @@ class RunDir:
         level, before = root.level, list(root.handlers)
         file = logging.FileHandler(self.path / "train.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        handlers = [file]
+        handlers: list[logging.Handler] = [file]
         if not before and logging.lastResort is not None:
             handlers.append(logging.lastResort)  # which logging drops as soon as there is any other
         for handler in handlers:

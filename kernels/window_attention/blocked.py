@@ -257,19 +257,20 @@ class _OverlappingBlocks(torch.autograd.Function):
 
 
 def _attend_blocks(problems, blocks, ranges, scale):
-    """Some of the problems, padded to whole blocks, one range of blocks at a time: [P, N, D]."""
-    keys_pad, rows_pad = (0, 0, blocks.left, blocks.right + blocks.tail), (0, 0, 0, blocks.tail)
+    """Some of the problems, one range of blocks at a time: [P, N, D]."""
+    rows_pad = (0, 0, 0, blocks.tail)
     # without a tail F.pad would copy
     query = F.pad(problems.query, rows_pad) if blocks.tail else problems.query
     query = query.unflatten(1, (-1, blocks.block))  # [P, blocks, block, D]
-    # two steps, so that the gradient of one range's overlapping copies is folded before the next one's is made
-    stretches = [(first * blocks.block, (last - 1) * blocks.block + blocks.span) for first, last in ranges]
-    key_parts = _Stretches.apply(F.pad(problems.key, keys_pad), stretches)
-    value_parts = _Stretches.apply(F.pad(problems.value, keys_pad), stretches)
+    # a stretch of keys a range: the gradient of its overlapping copies is folded before the next one's is made
+    ends = [(first * blocks.block - blocks.left, last * blocks.block + blocks.right) for first, last in ranges]
+    stretches = [(max(start, 0), min(stop, blocks.seq_len)) for start, stop in ends]
+    pads = [(0, 0, a - start, stop - b) for (start, stop), (a, b) in zip(ends, stretches, strict=True)]
+    key_parts, value_parts = (_Stretches.apply(tensor, stretches) for tensor in (problems.key, problems.value))
     outputs, plain = [], None
-    for (first, last), keys, values in zip(ranges, key_parts, value_parts, strict=True):
-        keys = _OverlappingBlocks.apply(keys, blocks.block, blocks.span)  # [P, blocks, span, D]
-        values = _OverlappingBlocks.apply(values, blocks.block, blocks.span)
+    for (first, last), pad, keys, values in zip(ranges, pads, key_parts, value_parts, strict=True):
+        keys = _OverlappingBlocks.apply(F.pad(keys, pad), blocks.block, blocks.span)  # [P, blocks, span, D]
+        values = _OverlappingBlocks.apply(F.pad(values, pad), blocks.block, blocks.span)
         if blocks.is_plain(first, last):
             mask = plain = blocks.band(first, last, problems.query) if plain is None else plain
         else:
