@@ -81,6 +81,9 @@ def outcome(action: Callable[[], None], explained: Callable = lambda error: None
         action()
     except KeyboardInterrupt:
         return _say("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if isinstance(code, int):

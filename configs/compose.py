@@ -55,8 +55,13 @@ def job_folder() -> str:
 
 
 def open_keys(arguments: list[str]) -> list[str]:
-    """The overrides with `++` before keys of a phase's `attention`, which need not be there yet."""
-    return [re.sub(r"^(?=schedule\.phases\.\d+\.attention\b)", "++", argument) for argument in arguments]
+    """The overrides as Hydra must see them.
+
+    Keys of a phase's `attention` need not be there yet, so they get `++`; the folder of a sweep's job holds `=` and
+    commas, so `run_dir` is quoted.
+    """
+    opened = [re.sub(r"^(?=schedule\.phases\.\d+\.attention\b)", "++", argument) for argument in arguments]
+    return [re.sub(r"^run_dir=([^'\"]*[=,][^'\"]*)$", r"run_dir='\1'", argument) for argument in opened]
 
 
 def compose_raw(overrides: list[str], config_name: str = "train") -> DictConfig:

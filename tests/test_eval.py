@@ -51,6 +51,14 @@ def test_relative_folder_and_the_link_to_the_newest_work_too(run, tmp_path):
     assert ended.code == 0 and f"{result_of(run)['bpc']!r}" in ended.out
 
 
+def test_folder_of_a_job_of_a_sweep_works_as_it_is_printed(run, tmp_path):
+    """Its name holds what Hydra would read as more overrides."""
+    link = tmp_path / "0_seed=0,model.positions=rotary"
+    link.symlink_to(run)
+    ended = run_eval(f"run_dir={link}", "share=0.01", cwd=tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+
+
 @pytest.mark.parametrize("split", ["valid", "train"])
 def test_other_splits(run, tmp_path, split):
     ended = run_eval(f"run_dir={run}", f"split={split}", "share=0.01", cwd=tmp_path)
