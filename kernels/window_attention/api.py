@@ -38,12 +38,14 @@ def window_attention(
     """Softmax attention of each query over the keys within `window` dilated steps of it (Longformer, section 3.1).
 
     Args:
-        query: [B, T, H, D]; key, value: [B, T, Hkv, D] with H a multiple of Hkv (query head h reads h // (H / Hkv)).
+        query: [B, T, H, D]; key, value: [B, S, Hkv, D] with H a multiple of Hkv (query head h reads h // (H / Hkv)).
         window: keys on each side of the query, itself excluded, in steps of `dilation`; an int or one a head. More
             than the sequence holds means all of it. With `causal` the keys to the right are dropped.
         dilation: distance in tokens between neighbouring keys of a window; an int or one a head.
-        valid: [B, T] bool, True = real. Other keys are never seen, other rows are zeros with zero gradients.
+        valid: [B, S] bool, True = real. Other keys are never seen; rows standing at them are zeros without gradient.
         scale: factor on the scores, D ** -0.5 if None.
+        query_start: query row i stands at key position query_start + i, as the newest rows do behind a cache. A row
+            may stand past the last key; one that sees no key is zeros. Only keys that some row can reach cost anything.
         position_query, position_key: [B, T, H, D] and [H, C, D] with C = max window + 1 (causal) or 2 max window + 1:
             adds scale * position_query_i . position_key[h, c] to the score of the key at dilated step c - w_h, where
             w_h is the head's own window (Transformer-XL's relative term, arXiv 1901.02860 section 3.3).
@@ -53,7 +55,7 @@ def window_attention(
         [B, T, H, D] in the dtype of `query`.
 
     Raises:
-        ValueError: shapes that do not fit, a window below 0, a dilation below 1, an unknown `impl`.
+        ValueError: shapes that do not fit, a window or query_start below 0, a dilation below 1, an unknown `impl`.
         NotImplementedError: an argument that has no implementation yet, by name.
     """
     _refuse_unbuilt(
@@ -63,9 +65,11 @@ def window_attention(
         document_end=document_end,
         distance_bias=distance_bias,
     )
-    _refuse_unbuilt(dropout=dropout or None, query_start=query_start or None, return_lse=return_lse or None)
+    _refuse_unbuilt(dropout=dropout or None, return_lse=return_lse or None)
     num_heads = query.shape[2] if query.dim() == 4 else 0
     _check_shapes(query, key, value, valid)
+    if query_start < 0:
+        raise ValueError(f"query_start is {query_start}, it must be at least 0")
     pattern = WindowPattern.of(window, dilation, num_heads=num_heads, causal=causal)
     _check_positions(position_query, position_key, query, pattern)
     if impl not in IMPLEMENTATIONS:
@@ -76,7 +80,7 @@ def window_attention(
         impl = "blocked"
         if not torch.compiler.is_compiling():
             _say_once(impl, "the fastest path on this device that has every feature asked for")
-    if query.numel() == 0:
+    if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query)
     compute = reference.window_attention if impl == "reference" else blocked.window_attention
     return compute(
@@ -88,6 +92,7 @@ def window_attention(
         valid=valid,
         position_query=position_query,
         position_key=position_key,
+        query_start=query_start,
     )
 
 
@@ -107,17 +112,13 @@ def _check_shapes(query, key, value, valid):
         raise ValueError(f"query and key must be [B, T, H, D], got {tuple(query.shape)} and {tuple(key.shape)}")
     if key.shape != value.shape:
         raise ValueError(f"key and value must share one shape: {tuple(key.shape)}, {tuple(value.shape)}")
-    batch, seq_len, num_heads, head_dim = query.shape
+    batch, _, num_heads, head_dim = query.shape
     if key.shape[0] != batch or key.shape[3] != head_dim:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch or head dim")
-    if key.shape[1] != seq_len:
-        raise NotImplementedError(
-            f"window_attention: {key.shape[1]} keys for {seq_len} queries (a cache, query_start) is not implemented yet"
-        )
     if num_heads % key.shape[2]:
         raise ValueError(f"{num_heads} query heads are no multiple of {key.shape[2]} key heads")
-    if valid is not None and (valid.shape != (batch, seq_len) or valid.dtype != torch.bool):
-        raise ValueError(f"valid must be bool [{batch}, {seq_len}], got {valid.dtype} {tuple(valid.shape)}")
+    if valid is not None and (valid.shape != key.shape[:2] or valid.dtype != torch.bool):
+        raise ValueError(f"valid must be bool [{batch}, {key.shape[1]}], got {valid.dtype} {tuple(valid.shape)}")
 
 
 def _check_positions(position_query, position_key, query, pattern):

@@ -1,7 +1,7 @@
 """Window attention in plain PyTorch with memory linear in the length: blocks of queries, overlapping views of keys.
 
-Heads with the same window and dilation are computed together. A dilation d splits the sequence into its d residue
-classes, each an undilated window problem on every d-th token, so a dilated head costs what an undilated one does.
+Heads with the same window and dilation are computed together, dilated ones by residue classes (`residues`), so that
+they cost what undilated ones do.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels.window_attention.pattern import WindowPattern
+from kernels.window_attention.pattern import WindowPattern, valid_rows
+from kernels.window_attention.residues import join_residues, residue_ranges
 
 # bytes of overlapping keys (the gradient of the view, a real copy) that one SDPA call may cause
 CHUNK_BYTES = 16 * 2**20
@@ -30,17 +31,23 @@ def window_attention(
     valid: torch.Tensor | None = None,
     position_query: torch.Tensor | None = None,
     position_key: torch.Tensor | None = None,
+    query_start: int = 0,
 ) -> torch.Tensor:
-    """As `reference.window_attention`, in time and memory linear in T.
+    """As `reference.window_attention`, in time and memory linear in T, however many keys there are.
 
-    Nothing of T x T is made, and of T x window at most KEEP_BYTES a group of heads is kept for the backward pass.
+    Nothing of T x S is made, and of T x window at most KEEP_BYTES a group of heads is kept for the backward pass.
     """
     batch, seq_len, num_heads, head_dim = query.shape
+    row_valid = valid_rows(valid, query_start, seq_len)
+    first, last = _reachable(pattern.reach, pattern.causal, seq_len, key.shape[1], query_start)
+    key, value = key[:, first:last], value[:, first:last]
+    key_valid = None if valid is None else valid[:, first:last]
     kinds = list(zip(pattern.window, pattern.dilation, strict=True))
     # heads of one window and dilation together, in parts whose overlapping keys (about five copies) fit CHUNK_BYTES;
     # split and concatenated by head, inputs, results and gradients are written once, in the layout they come in
     order = sorted(range(num_heads), key=lambda head: kinds.index(kinds[head]))
-    most = max(1, CHUNK_BYTES // (5 * batch * seq_len * head_dim * query.element_size()))
+    longest = max(seq_len, key.shape[1])
+    most = max(1, CHUNK_BYTES // (5 * batch * longest * head_dim * query.element_size()))
     parts = [part for _, group in groupby(order, key=lambda head: kinds[head]) for part in _parts(list(group), most)]
     repeats = num_heads // key.shape[2]
     sizes = [len(part) for part in parts]
@@ -55,11 +62,13 @@ def window_attention(
             values[index],
             positions[index],
             None if position_key is None else position_key[part],
-            valid,
+            row_valid,
+            key_valid,
             window=window,
             dilation=dilation,
             causal=pattern.causal,
             scale=scale,
+            query_start=query_start - first,
         )
         outputs.append(out)
     out = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
@@ -81,86 +90,104 @@ def _by_head(tensor, heads, sizes):
     return tensor.split(sizes, dim=2)
 
 
-def _head_group(query, key, value, position_query, position_key, valid, *, window, dilation, causal, scale):
-    """Heads of one window and dilation, [B, T, H, D] -> [B, T, H, D]."""
+def _reachable(reach, causal, seq_len, num_keys, query_start):
+    """(first, last) of the keys that any of the rows can see: the others are sliced away before anything is made."""
+    last = query_start + seq_len + (0 if causal else reach)
+    return min(max(0, query_start - reach), num_keys), min(last, num_keys)
+
+
+def _head_group(
+    query,
+    key,
+    value,
+    position_query,
+    position_key,
+    row_valid,
+    key_valid,
+    *,
+    window,
+    dilation,
+    causal,
+    scale,
+    query_start,
+):
+    """Heads of one window and dilation: T rows and S keys, [B, T, H, D] -> [B, T, H, D]."""
     batch, seq_len, num_heads, _ = query.shape
-    dilation = min(dilation, seq_len)  # a larger one leaves each token alone in its class too
-    if valid is not None:
-        valid = valid[:, :, None, None].expand(-1, -1, num_heads, 1)
-    by_name = {"query": query, "key": key, "value": value, "position_query": position_query, "valid": valid}
-    split = {name: _split_residues(tensor, dilation) for name, tensor in by_name.items() if tensor is not None}
+    first, last = _reachable(window * dilation, causal, seq_len, key.shape[1], query_start)
+    start = query_start - first
+    # a dilation beyond every distance leaves each row its own key alone, whatever it is
+    dilation = min(dilation, max(start + seq_len, last - first))
+    rows = {"query": query, "position_query": position_query, "row_valid": _head_mask(row_valid, num_heads)}
+    keys = {"key": key, "value": value, "key_valid": _head_mask(key_valid, num_heads)}
+    rows = {name: tensor for name, tensor in rows.items() if tensor is not None}
+    keys = {name: tensor[:, first:last] for name, tensor in keys.items() if tensor is not None}
     outputs = []
-    for group in range(len(split["query"])):
-        # [P, N, D] with P = B * classes * H problems of one length
-        problems = _Problems(**{name: groups[group].flatten(0, 2) for name, groups in split.items()})
-        steps = min(window, problems.query.shape[1] - 1)  # what a window sees beyond the ends does not exist
+    for residues in residue_ranges(seq_len, last - first, start, dilation):
+        split = {name: residues.rows_of(tensor) for name, tensor in rows.items()}
+        split |= {name: residues.keys_of(tensor) for name, tensor in keys.items()}
+        # [P, N, D] and [P, K, D] with P = B * classes * H problems of one size
+        problems = _Problems(**{name: tensor.flatten(0, 2) for name, tensor in split.items()})
+        # what a window sees beyond the ends does not exist
+        left = min(window, residues.start + residues.num_rows - 1)
+        right = 0 if causal else min(window, max(residues.num_keys - 1 - residues.start, 0))
         if position_key is not None:
-            columns = position_key[:, window - steps : window + 1 + (0 if causal else steps)]
+            columns = position_key[:, window - left : window + 1 + right]
             problems = problems._replace(position_key=columns.repeat(len(problems.query) // num_heads, 1, 1))
-        out = _windows(problems, steps, 0 if causal else steps, scale)
+        out = _windows(problems, residues.start, left, right, scale)
         outputs.append(out.view(batch, -1, num_heads, *out.shape[1:]))
-    return _join_residues(outputs, seq_len, dilation)
+    return join_residues(outputs, seq_len)
 
 
-def _split_residues(tensor, dilation):
-    """[B, T, H, D] -> [[B, classes, H, N, D], …]: the classes one token longer than the rest come first."""
-    if dilation == 1:
-        return [tensor.transpose(1, 2)[:, None]]
-    batch, seq_len, num_heads, dim = tensor.shape
-    length, remainder = divmod(seq_len, dilation)
-    main = tensor[:, : length * dilation].reshape(batch, length, dilation, num_heads, dim)
-    groups = [main]
-    if remainder:
-        last = tensor[:, None, length * dilation :]
-        groups = [torch.cat([main[:, :, :remainder], last], dim=1), main[:, :, remainder:]]
-    return [group.permute(0, 2, 3, 1, 4) for group in groups]
-
-
-def _join_residues(groups, seq_len, dilation):
-    """Inverse of `_split_residues`."""
-    if dilation == 1:
-        return groups[0][:, 0].transpose(1, 2)
-    length = seq_len // dilation
-    main = torch.cat([group[..., :length, :] for group in groups], dim=1)  # [B, d, H, N, D]
-    main = main.permute(0, 3, 1, 2, 4).flatten(1, 2)
-    if seq_len % dilation == 0:
-        return main
-    return torch.cat([main, groups[0][..., length, :]], dim=1)
+def _head_mask(valid, num_heads):
+    """[B, S] -> [B, S, H, 1]."""
+    return None if valid is None else valid[:, :, None, None].expand(-1, -1, num_heads, 1)
 
 
 class _Problems(NamedTuple):
-    """P independent problems of one length N: [P, N, D] each, position_key [P, columns, D], valid bool [P, N, 1]."""
+    """P independent problems of N rows and K keys.
+
+    query, position_query [P, N, D]; key, value [P, K, D]; position_key [P, columns, D]; row_valid bool [P, N, 1],
+    key_valid [P, K, 1].
+    """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     position_query: torch.Tensor | None = None
     position_key: torch.Tensor | None = None
-    valid: torch.Tensor | None = None
+    row_valid: torch.Tensor | None = None
+    key_valid: torch.Tensor | None = None
 
     def split(self, size):
         """The same in parts of at most `size` problems."""
         parts = [(None,) * -(-len(self.query) // size) if t is None else t.split(size) for t in self]
         return [_Problems(*part) for part in zip(*parts, strict=True)]
 
+    def zeros(self):
+        """The result where there is no key: zeros, with zero gradients of every input."""
+        empty = (self.query, self.key, self.value, self.position_query, self.position_key)
+        return torch.zeros_like(self.query) + sum(tensor[:0].sum() for tensor in empty if tensor is not None)
+
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Blocks of queries over a sequence; each touches `span` keys, from `left` before its first row."""
+    """Blocks of rows, row i standing at key `start + i`; each touches `span` keys, from `left` before its first row."""
 
-    seq_len: int
+    num_rows: int
+    num_keys: int
+    start: int
     left: int
     right: int
     block: int
 
     @property
     def num_blocks(self):
-        return -(-self.seq_len // self.block)
+        return -(-self.num_rows // self.block)
 
     @property
     def tail(self):
-        """Rows the last block has beyond the sequence."""
-        return self.num_blocks * self.block - self.seq_len
+        """Rows the last block has beyond the last row."""
+        return self.num_blocks * self.block - self.num_rows
 
     @property
     def span(self):
@@ -168,40 +195,58 @@ class _Blocks:
 
     def ranges(self, most):
         """Blocks by mask, at most `most` together: at the start, with the plain band, at the end."""
-        first = min(-(-self.left // self.block), self.num_blocks)
-        last = min(max(first, (self.seq_len - self.right) // self.block), self.num_blocks)
+        first = min(max(-(-(self.left - self.start) // self.block), 0), self.num_blocks)
+        last = min(max(first, (self.num_keys - self.right - self.start) // self.block), self.num_blocks)
         bounds = {0, first, last, self.num_blocks}
         for start, stop in ((0, first), (first, last), (last, self.num_blocks)):
             bounds.update(range(start, stop, most))
         bounds = sorted(bounds)
         return list(zip(bounds, bounds[1:], strict=False))
 
+    def ends(self, first, last):
+        """(begin, end) of the keys that a range of blocks touches; some may lie off either end of the sequence."""
+        return first * self.block + self.start - self.left, last * self.block + self.start + self.right
+
     def is_plain(self, first, last):
         """Whether no key of these blocks lies off either end, so that one mask serves them all."""
-        return first * self.block >= self.left and last * self.block + self.right <= self.seq_len
+        begin, end = self.ends(first, last)
+        return begin >= 0 and end <= self.num_keys
+
+    def stretch(self, first, last):
+        """((begin, end), (before, after)): what there is of the keys of a range, and how many are missing around it."""
+        begin, end = self.ends(first, last)
+        there = min(max(begin, 0), self.num_keys)
+        stop = max(min(end, self.num_keys), there)
+        before = max(there - begin, 0)
+        return (there, stop), (before, end - begin - before - (stop - there))
 
     def band(self, first, last, like):
         """Additive mask [1, blocks or 1, block, span] of a range of blocks: 0 where a key is seen, -inf elsewhere."""
         stop = first + 1 if self.is_plain(first, last) else last
-        starts = torch.arange(first, stop, device=like.device)[:, None, None] * self.block
+        starts = torch.arange(first, stop, device=like.device)[:, None, None] * self.block + self.start
         rows = starts + torch.arange(self.block, device=like.device)[:, None]
         cols = starts - self.left + torch.arange(self.span, device=like.device)  # [blocks, 1, span]
-        seen = (cols >= rows - self.left) & (cols <= rows + self.right) & (cols >= 0) & (cols < self.seq_len)
-        seen |= cols == rows  # rows past the end see their own zeros: a row without keys has no softmax
+        seen = (cols >= rows - self.left) & (cols <= rows + self.right) & (cols >= 0) & (cols < self.num_keys)
+        # a row so far past the end that it sees no key sees its own zeros: without keys there is no softmax
+        seen |= (cols == rows) & (rows - self.left >= self.num_keys)
         return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))[None]
 
 
-def _windows(problems, left, right, scale):
-    """Undilated windows: problems of length N -> [P, N, D]."""
-    num_problems, seq_len, head_dim = problems.query.shape
-    blocks = _Blocks(seq_len, left, right, _block_size(seq_len, left + right, _explicit(problems)))
+def _windows(problems, start, left, right, scale):
+    """Undilated windows, row i at key `start + i`: problems of N rows -> [P, N, D]."""
+    num_problems, num_rows, head_dim = problems.query.shape
+    if not problems.key.shape[1]:
+        return problems.zeros()
+    block = _block_size(num_rows, left + right, _explicit(problems))
+    blocks = _Blocks(num_rows, problems.key.shape[1], start, left, right, block)
     element = problems.query.element_size()
     bytes_per_block = blocks.span * head_dim * element
     chunk = max(1, min(num_problems, CHUNK_BYTES // (blocks.num_blocks * bytes_per_block)))
     ranges = blocks.ranges(max(1, CHUNK_BYTES // (chunk * bytes_per_block)))
     scores_bytes = num_problems * blocks.num_blocks * blocks.block * blocks.span * element
     # scores, or masks that differ from row to row: what autograd would hold beside inputs and outputs
-    kept = _explicit(problems) or problems.valid is not None or blocks.num_blocks < 2 * (left + right) // blocks.block
+    masked = problems.key_valid is not None
+    kept = _explicit(problems) or masked or blocks.num_blocks < 2 * (left + right) // blocks.block
     recompute = kept and scores_bytes > KEEP_BYTES and torch.is_grad_enabled()
     outputs = []
     for part in problems.split(chunk):
@@ -212,13 +257,13 @@ def _windows(problems, left, right, scale):
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _block_size(seq_len, reach, explicit):
-    """Queries a block, a power of two: small blocks compute fewer masked scores, large ones multiply faster.
+def _block_size(num_rows, reach, explicit):
+    """Rows a block, a power of two: small blocks compute fewer masked scores, large ones multiply faster.
 
     SDPA is at its best with a quarter of the keys a query sees, explicit scores with half of them (docs/LOG.md).
     """
     aim = reach // (2 if explicit else 4)
-    return min(seq_len, max(64, min(256, 1 << max(aim - 1, 1).bit_length())))
+    return min(num_rows, max(64, min(256, 1 << max(aim - 1, 1).bit_length())))
 
 
 class _Stretches(torch.autograd.Function):
@@ -263,20 +308,18 @@ def _attend_blocks(problems, blocks, ranges, scale):
     query = F.pad(problems.query, rows_pad) if blocks.tail else problems.query
     query = query.unflatten(1, (-1, blocks.block))  # [P, blocks, block, D]
     # a stretch of keys a range: the gradient of its overlapping copies is folded before the next one's is made
-    ends = [(first * blocks.block - blocks.left, last * blocks.block + blocks.right) for first, last in ranges]
-    stretches = [(max(start, 0), min(stop, blocks.seq_len)) for start, stop in ends]
-    pads = [(0, 0, a - start, stop - b) for (start, stop), (a, b) in zip(ends, stretches, strict=True)]
+    stretches, pads = zip(*(blocks.stretch(first, last) for first, last in ranges), strict=True)
     key_parts, value_parts = (_Stretches.apply(tensor, stretches) for tensor in (problems.key, problems.value))
     outputs, plain = [], None
     for (first, last), pad, keys, values in zip(ranges, pads, key_parts, value_parts, strict=True):
-        keys = _OverlappingBlocks.apply(F.pad(keys, pad), blocks.block, blocks.span)  # [P, blocks, span, D]
-        values = _OverlappingBlocks.apply(F.pad(values, pad), blocks.block, blocks.span)
+        keys = _OverlappingBlocks.apply(F.pad(keys, (0, 0, *pad)), blocks.block, blocks.span)  # [P, blocks, span, D]
+        values = _OverlappingBlocks.apply(F.pad(values, (0, 0, *pad)), blocks.block, blocks.span)
         if blocks.is_plain(first, last):
             mask = plain = blocks.band(first, last, problems.query) if plain is None else plain
         else:
             mask = blocks.band(first, last, problems.query)
-        if problems.valid is not None:
-            mask = _mask_invalid(mask, problems.valid[..., 0], first, last, blocks)
+        if problems.key_valid is not None:
+            mask = _mask_invalid(mask, problems.key_valid[..., 0], first, last, blocks)
         rows = query[:, first:last]
         if not _explicit(problems):
             outputs.append(F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale))
@@ -287,8 +330,8 @@ def _attend_blocks(problems, blocks, ranges, scale):
             scores = scores + _skew(rows @ problems.position_key[:, None].transpose(-1, -2), blocks.span)
         outputs.append(torch.softmax(scores, dim=-1) @ values)
     out = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
-    out = out.flatten(1, 2)[:, : blocks.seq_len]
-    return out if problems.valid is None else out.masked_fill(~problems.valid, 0.0)
+    out = out.flatten(1, 2)[:, : blocks.num_rows]
+    return out if problems.row_valid is None else out.masked_fill(~problems.row_valid, 0.0)
 
 
 def _explicit(problems):
@@ -300,11 +343,15 @@ def _explicit(problems):
 
 
 def _mask_invalid(mask, valid, first, last, blocks):
-    """Add the key mask [P, N] to a band: [P, blocks, block, span]. A row keeps its own key, for a softmax needs one."""
-    keys = F.pad(valid, (blocks.left, blocks.right + blocks.tail)).unfold(1, blocks.span, blocks.block)
+    """Add the key mask [P, K] to a band: [P, blocks, block, span]. A row left without a key sees its own place: a
+    softmax needs one, and there lie zeros, or the row is not valid either.
+    """
+    (begin, end), pad = blocks.stretch(first, last)
+    keys = F.pad(valid[:, begin:end], pad).unfold(1, blocks.span, blocks.block)
+    mask = mask.masked_fill(~keys[:, :, None], float("-inf"))
     row = torch.arange(blocks.block, device=valid.device)[:, None]
     own = torch.arange(blocks.span, device=valid.device) == row + blocks.left
-    return mask.masked_fill(~(keys[:, first:last, None] | own), float("-inf"))
+    return mask.masked_fill(own & mask.isinf().all(dim=-1, keepdim=True), 0.0)
 
 
 def _skew(columns, span):

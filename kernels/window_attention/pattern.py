@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
 def per_head(value: int | Sequence[int], num_heads: int, name: str, minimum: int) -> tuple[int, ...]:
@@ -23,6 +24,14 @@ def per_head(value: int | Sequence[int], num_heads: int, name: str, minimum: int
         if entry < minimum:
             raise ValueError(f"{name} of head {head} is {entry}, it must be at least {minimum}")
     return values
+
+
+def valid_rows(valid: torch.Tensor | None, query_start: int, seq_len: int) -> torch.Tensor | None:
+    """Which rows are real, [B, T], by which keys are, [B, S]: row i is key query_start + i, past the last key real."""
+    if valid is None:
+        return None
+    rows = valid[:, query_start : query_start + seq_len]
+    return F.pad(rows, (0, seq_len - rows.shape[1]), value=True)
 
 
 @dataclass(frozen=True)

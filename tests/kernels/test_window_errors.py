@@ -23,7 +23,6 @@ def attend(shapes=None, **options):
         ("global_index", torch.tensor([[0], [0]])),
         ("dropout", 0.1),
         ("dropout_seed", torch.tensor(1)),
-        ("query_start", 3),
         ("document_start", torch.zeros(2, T, dtype=torch.int64)),
         ("document_end", torch.zeros(2, T, dtype=torch.int64)),
         ("distance_bias", torch.zeros(H, 5)),
@@ -38,11 +37,6 @@ def test_unbuilt_arguments_are_named(argument, value, impl):
 
 def test_neutral_values_of_unbuilt_arguments_pass():
     attend(dropout=0.0, query_start=0, return_lse=False, global_index=None)
-
-
-def test_a_cache_of_keys_is_named():
-    with pytest.raises(NotImplementedError, match=r"9 keys for 6 queries .*query_start"):
-        attend({"key": (2, 9, H, D), "value": (2, 9, H, D)})
 
 
 @pytest.mark.parametrize(
@@ -69,6 +63,13 @@ def test_a_cache_of_keys_is_named():
         pytest.param({}, {"window": -1}, "window of head 0 is -1, it must be at least 0", id="window"),
         pytest.param({}, {"window": [1, 2]}, "window has 2 entries for 4 heads", id="window_list"),
         pytest.param({}, {"dilation": 0}, "dilation of head 0 is 0, it must be at least 1", id="dilation"),
+        pytest.param({}, {"query_start": -1}, "query_start is -1, it must be at least 0", id="query_start"),
+        pytest.param(
+            {"key": (2, 9, H, D), "value": (2, 9, H, D)},
+            {"valid": torch.ones(2, T, dtype=torch.bool)},
+            r"valid must be bool \[2, 9\], got .*\(2, 6\)",
+            id="valid_of_the_rows",
+        ),
         pytest.param({"position_query": (2, T, H, D)}, {}, "position_query and position_key go together", id="alone"),
         pytest.param(
             {"position_query": (2, T, H, 5), "position_key": (H, 5, D)},

@@ -16,15 +16,16 @@ def make_inputs(
     head_dim: int = 4,
     dtype: torch.dtype = torch.float64,
     columns: int | None = None,
+    key_len: int | None = None,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Random query, key, value, and with `columns` the relative term, all of them leaves with a gradient."""
+    """Random query, key, value, and with `columns` the relative term, all of them leaves with a gradient.
+
+    `key_len` keys, else as many as there are queries.
+    """
     generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "query": (batch, seq_len, num_heads, head_dim),
-        "key": (batch, seq_len, key_heads or num_heads, head_dim),
-        "value": (batch, seq_len, key_heads or num_heads, head_dim),
-    }
+    keys = (batch, seq_len if key_len is None else key_len, key_heads or num_heads, head_dim)
+    shapes = {"query": (batch, seq_len, num_heads, head_dim), "key": keys, "value": keys}
     if columns is not None:
         shapes["position_query"] = shapes["query"]
         shapes["position_key"] = (num_heads, columns, head_dim)
@@ -94,9 +95,22 @@ def assert_same(actual: dict, expected: dict, tolerance: float = 1e-12) -> None:
     assert max(errors.values()) <= tolerance, errors
 
 
-def by_loops(query, key, value, *, window, dilation, causal, valid=None, position_query=None, position_key=None):
+def by_loops(
+    query,
+    key,
+    value,
+    *,
+    window,
+    dilation,
+    causal,
+    valid=None,
+    position_query=None,
+    position_key=None,
+    query_start=0,
+):
     """Window attention written as the definition says: one query, one key at a time."""
     batch, seq_len, num_heads, head_dim = query.shape
+    num_keys = key.shape[1]
     shared = num_heads // key.shape[2]
     rows = []
     for b in range(batch):
@@ -104,8 +118,11 @@ def by_loops(query, key, value, *, window, dilation, causal, valid=None, positio
             for h in range(num_heads):
                 scores, values = [], []
                 for step in range(-window[h], 1 if causal else window[h] + 1):
-                    j = i + step * dilation[h]
-                    if not 0 <= j < seq_len or (valid is not None and not (valid[b, i] and valid[b, j])):
+                    here = query_start + i
+                    j = here + step * dilation[h]
+                    if not 0 <= j < num_keys or (valid is not None and not valid[b, j]):
+                        continue
+                    if valid is not None and here < num_keys and not valid[b, here]:
                         continue
                     score = torch.dot(query[b, i, h], key[b, j, h // shared])
                     if position_query is not None:
