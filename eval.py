@@ -1,53 +1,115 @@
-"""Score a trained run: python eval.py run_dir=DIR [split=test] [share=…]."""
+"""Score a trained run: python eval.py run_dir=DIR|checkpoint=PATH [split=test] [share=…] [protocol=…]."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.cli import entry
 
+SAID = ("share", "num_characters", "protocol")
 
-def main(cfg) -> None:
-    """The task's official score of a run's newest checkpoint; printed and written to `eval/<split>-step-N.json`."""
+
+@dataclass
+class OpenedRun:
+    """A run folder with one of its checkpoints in memory: `config` as it was run, `state` as it was saved."""
+
+    path: Path
+    config: Any
+    checkpoint: Path
+    state: dict[str, Any]
+    task: Any
+    model: Any
+    precision: str
+
+
+def open_run(
+    run_dir: str | None,
+    checkpoint: str | None,
+    *,
+    device: Any,
+    strict: bool = True,
+    num_threads: int | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> OpenedRun:
+    """Build the task and the model of a run and load its newest sound checkpoint, or the one at `checkpoint`.
+
+    `data`: entries of the run's data node to replace. Raises ConfigError where there is no run, CheckpointError where
+    there is no checkpoint that fits, is whole and is ours.
+    """
     import torch
     from omegaconf import OmegaConf
 
     from configs.phases import build_model
-    from configs.run import check_same_data, evaluation_settings, load_run
-    from configs.schema import ConfigError, build
-    from training.checkpoint import latest_checkpoint, load_checkpoint
-    from training.distributed import Distributed
+    from configs.run import load_run
+    from configs.schema import build
+    from training.checkpoint import load_checkpoint, newest_sound
     from training.errors import CheckpointError
-    from training.evaluation import evaluate
     from training.precision import resolve_precision
+
+    path = Path(run_dir).expanduser() if run_dir is not None else _run_of(Path(str(checkpoint)).expanduser())
+    config = load_run(path)
+    chosen = Path(checkpoint).expanduser() if checkpoint is not None else newest_sound(path)
+    if chosen is None:
+        raise CheckpointError(f"{path} holds no complete checkpoint yet")
+    if num_threads or config.num_threads:
+        torch.set_num_threads(num_threads or config.num_threads)
+    node = OmegaConf.merge(config.data, {key: value for key, value in (data or {}).items() if value is not None})
+    task = build(config.task, "task", data=dict(node))
+    model = build_model(config).to(device)
+    state = load_checkpoint(chosen, model=model, restore_rng=False, strict=strict)
+    model.set_attention(**state["attention"])
+    precision = resolve_precision(config.precision, device)
+    return OpenedRun(path, config, chosen, state, task, model, precision)
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint lies in."""
+    from configs.schema import ConfigError
+    from training.checkpoint import check_sizes
+
+    path = checkpoint.absolute().parent.parent
+    if not (path / "config.yaml").is_file():
+        check_sizes(checkpoint)  # says it first where this is no checkpoint at all
+        raise ConfigError(
+            f"checkpoint={checkpoint} lies in no run folder: {path} holds no config.yaml, which says how its model is "
+            "built. Give a folder such as DIR/checkpoints/step-1000 of a run DIR"
+        )
+    return path
+
+
+def main(cfg) -> None:
+    """The task's official score of a checkpoint; printed and written to `eval/<split>-step-N.json` of its run."""
+    from configs.run import check_same_data, evaluation_settings
+    from configs.schema import ConfigError
+    from training.distributed import Distributed
+    from training.evaluation import evaluate
     from training.run_dir import RunDir
 
-    if cfg.run_dir is None:
-        raise ConfigError("run_dir has no value: give the folder of a run with run_dir=DIR")
-    path = Path(cfg.run_dir).expanduser()
-    run = load_run(path)
-    settings = evaluation_settings(cfg, run)
-    checkpoint = latest_checkpoint(path)
-    if checkpoint is None:
-        raise CheckpointError(f"{path} holds no complete checkpoint yet")
-    if cfg.num_threads or run.num_threads:
-        torch.set_num_threads(cfg.num_threads or run.num_threads)
     with Distributed(cfg.device) as dist:
-        data = OmegaConf.merge(run.data, {key: value for key, value in cfg.data.items() if value is not None})
-        task = build(run.task, "task", data=dict(data))
+        run = open_run(
+            cfg.run_dir,
+            cfg.checkpoint,
+            device=dist.device,
+            strict=cfg.strict,
+            num_threads=cfg.num_threads,
+            data=cfg.data,
+        )
+        settings = evaluation_settings(cfg, run.config)
+        task, step = run.task, run.state["step"]
         if cfg.split not in task.splits:
             raise ConfigError(f"split is {cfg.split!r}, it must be one of {', '.join(task.splits)}")
-        model = build_model(run).to(dist.device)
-        state = load_checkpoint(checkpoint, model=model, restore_rng=False)
-        check_same_data(state["data"], task.fingerprint, str(checkpoint))
-        model.set_attention(**state["attention"])
-        precision = resolve_precision(run.precision, dist.device)
+        check_same_data(run.state["data"], task.fingerprint, str(run.checkpoint))
         show = print if dist.is_main else lambda line: None
-        result = evaluate(task, model, cfg.split, dist=dist, precision=precision, settings=settings, show=show)
+        result = evaluate(task, run.model, cfg.split, dist=dist, precision=run.precision, settings=settings, show=show)
         if dist.is_main:
             if cfg.split != "train":
                 result["baselines"] = task.baselines(cfg.split, settings["share"])
-            name = f"eval/{cfg.split}-step-{state['step']}.json"
-            RunDir(path).write_json(name, {"step": state["step"], **result})
-            print(f"{cfg.split} {task.metric} {result[task.metric]!r} at step {state['step']:,} -> {path / name}")
+            name = f"eval/{cfg.split}-step-{step}.json"
+            RunDir(run.path).write_json(name, {"step": step, **result})
+            how = ", ".join(f"{key} {result[key]}" for key in SAID if key in result)
+            score = f"{cfg.split} {task.metric} {result[task.metric]!r} at step {step:,}"
+            print(f"{score} ({how}) -> {run.path / name}")
 
 
 if __name__ == "__main__":

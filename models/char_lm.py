@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.window_attention import WindowPattern
+from models.cache import RollingCache
 from models.layers import Block, init_weights
 from models.positions import RelativePositions, RotaryPositions, SharedBiases
 
@@ -64,16 +65,31 @@ class CharLM(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
         self.apply(init_weights)
 
-    def forward(self, input_ids: torch.Tensor, *, cache=None, document_start=None) -> torch.Tensor:
-        """input_ids [B, T] int -> logits [B, T, V]; the logits at t predict character t + 1."""
-        for name, argument in {"cache": cache, "document_start": document_start}.items():
-            if argument is not None:
-                raise NotImplementedError(f"CharLM.forward: the argument {name} is not implemented yet")
+    def forward(
+        self, input_ids: torch.Tensor, *, cache: RollingCache | None = None, document_start=None
+    ) -> torch.Tensor:
+        """input_ids [B, T] int -> logits [B, T, V]; the logits at t predict character t + 1.
+
+        With a `cache` the characters go on where those it has seen stopped, in steps of any size, as if all had been
+        given at once. It has no gradients: ValueError where they are on, and where `set_attention` came in between.
+        """
+        if document_start is not None:
+            raise NotImplementedError("CharLM.forward: the argument document_start is not implemented yet")
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("a cache holds no gradients: call the model under torch.no_grad()")
         x = self.dropout(self.embed(input_ids) * self.embed.embedding_dim**0.5)  # [B, T, M]
-        for block in self.blocks:
-            again = self.checkpoint_activations and self.training
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        for layer, block in enumerate(self.blocks):
+            if cache is not None:
+                x = block(x, cache=cache.layers[layer])
+            elif self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return F.linear(self.dropout(self.norm(x)), self.embed.weight, self.output_bias)
+
+    def new_cache(self, batch_size: int = 1) -> RollingCache:
+        """An empty cache for texts that are read piece by piece, `batch_size` of them side by side."""
+        return RollingCache(layer.new_cache(batch_size) for layer in self._attention_layers())
 
     def set_attention(self, **options) -> None:
         """Change attention options of every layer, as between the phases of a schedule; ValueError names a bad one."""

@@ -7,7 +7,8 @@ from torch import nn
 class RotaryPositions(nn.Module):
     """Rotary embedding of queries and keys (arXiv 2104.09864), halves paired; no parameters.
 
-    forward(query, key, pattern) takes [B, T, H, D] and gives rotated query and key and no further kernel arguments.
+    forward(query, key, pattern, start) takes [B, T, H, D] and gives rotated query and key and no further kernel
+    arguments; the first row stands at position `start` of its text.
     """
 
     def __init__(self, dim: int, num_heads: int, *, base: float = 10_000.0):
@@ -17,12 +18,12 @@ class RotaryPositions(nn.Module):
             raise ValueError(f"rotary positions need an even head dim, got {dim} / {num_heads} = {head_dim}")
         self.base, self.num_frequencies = base, head_dim // 2
 
-    def forward(self, query, key, pattern):
-        """Rotate by the phase of each row's position, counted from 0."""
+    def forward(self, query, key, pattern, start: int = 0):
+        """Rotate by the phase of each row's position in its text."""
         # float32 angles of far positions are off by more than the rest of a float32 model is
         kind = {"device": query.device, "dtype": torch.float64}
         frequency = self.base ** (-torch.arange(self.num_frequencies, **kind) / self.num_frequencies)
-        phase = torch.arange(query.shape[1], **kind)[:, None] * frequency
+        phase = torch.arange(start, start + query.shape[1], **kind)[:, None] * frequency
         # [T, 1, D / 2]
         cos, sin = phase.cos().to(query.dtype)[:, None], phase.sin().to(query.dtype)[:, None]
         return _rotate(query, cos, sin), _rotate(key, cos, sin), {}
@@ -40,7 +41,7 @@ class RelativePositions(nn.Module):
     Both biases are [H, D] and shared by all layers; W is this layer's own. Only window + 1 distances occur, so the
     projected sinusoids are computed for those within reach and no shift of a T x T matrix is needed.
 
-    forward(query, key, pattern) takes [B, T, H, D]; pattern must be causal.
+    forward(query, key, pattern, start) takes [B, T, H, D]; pattern must be causal. Where the text starts is all one.
     """
 
     def __init__(self, dim: int, num_heads: int, *, biases: "SharedBiases", dropout: float = 0.0):
@@ -52,7 +53,7 @@ class RelativePositions(nn.Module):
         self.biases = biases
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, query, key, pattern):
+    def forward(self, query, key, pattern, start: int = 0):
         """Query with the content bias, key as it is, and the position term as arguments of the kernel."""
         dtype = self.project.weight.dtype
         # every distance a window spans, though a dilated head uses some alone: no shape depends on a tensor's content

@@ -1,18 +1,21 @@
 """Character language modelling: bits per character by the protocol of Longformer (arXiv 2004.05150, appendix B)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import groupby
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from data.baselines import baselines
-from data.chars import load_chars
+from data.chars import CharCorpus, load_chars
+from data.errors import DataError
 from data.sampler import CharBatches, max_seq_len
+from models.hf import generate
+from tasks.scoring import choose_protocol, nats_by_stream, nats_by_window, scoring_spans, span_batches
 
 PROMPT_CHARS = 64
 
@@ -35,7 +38,12 @@ class CharLMTask:
         self.dataset = dataset
         self.sample_chars = sample_chars
         self.workers = data["workers"]
-        self.corpus = load_chars(dataset, path=data["path"], cache_dir=data["cache_dir"])
+        self.data = data
+
+    @cached_property
+    def corpus(self) -> CharCorpus:
+        """The text and its splits, read when first asked for: to continue a text takes none of it."""
+        return load_chars(self.dataset, path=self.data["path"], cache_dir=self.data["cache_dir"])
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -93,6 +101,7 @@ class CharLMTask:
         model: Any,
         split: str,
         *,
+        protocol: str = "auto",
         context: int = 32_256,
         stride: int = 512,
         share: float = 1.0,
@@ -104,88 +113,110 @@ class CharLMTask:
     ) -> dict:
         """Bits per character of the first `share` of a split, each character after as much context as the paper gives.
 
-        `model` has a `receptive_field`, by which windows are cut where they are longer (see `scoring_spans`).
-        `reduce` sums a tensor over processes, which share the windows by `rank`; `progress(done, total)` counts
-        characters of this process.
+        `protocol`: "uncut" reads the paper's windows as they are, "windowed" cuts them to what the model can see where
+        that changes nothing (see `scoring_spans`), "streaming" reads the text once with a rolling cache, each
+        character after all that the model can see; "auto" streams where that is the same number, else "windowed".
+        Up to `batch_tokens` characters are read at a time. `reduce` sums a tensor over processes, which share the work
+        by `rank`; `progress(done, total)` counts characters of this process.
         """
         text = self.corpus.splits[split]
         num_targets = max(1, int(share * (len(text) - 1)))
         reach = model.receptive_field
-        spans = scoring_spans(num_targets, context=context, stride=stride, receptive_field=reach)
-        batches = [batch for batch in span_batches(spans, batch_tokens)][rank::world_size]
-        device = next(model.parameters()).device
+        protocol = choose_protocol(protocol, context=context, stride=stride, receptive_field=reach)
+        if protocol == "streaming":
+            start, end = (num_targets * part // world_size for part in (rank, rank + 1))
+            mine = end - start
+            pieces = nats_by_stream(model, text, start, end, piece=batch_tokens) if mine else ()
+        else:
+            visible = context if protocol == "uncut" else reach
+            spans = scoring_spans(num_targets, context=context, stride=stride, receptive_field=visible)
+            batches = list(span_batches(spans, batch_tokens))[rank::world_size]
+            mine = sum(end - start for batch in batches for _, start, end in batch)
+            pieces = nats_by_window(model, text, batches)
         total = torch.zeros(2, dtype=torch.float64)
-        mine = sum(end - start for batch in batches for _, start, end in batch)
         was_training = model.training
         model.eval()
-        for batch in batches:
-            begin, start, end = batch[0]
-            rows = np.stack([text[first : last + 1] for first, _, last in batch]).astype(np.int64)
-            rows = torch.from_numpy(rows).to(device)
-            logits = model(rows[:, :-1])[:, start - begin :]
-            nats = F.cross_entropy(
-                logits.float().flatten(0, 1), rows[:, 1 + start - begin :].flatten(), reduction="none"
-            )
+        for nats in pieces:
             total += torch.tensor([nats.double().sum().item(), nats.numel()], dtype=torch.float64)
             progress(int(total[1]), mine)
         model.train(was_training)
-        nats, count = reduce(total.to(device)).tolist()
-        return {
+        nats, count = reduce(total.to(next(model.parameters()).device)).tolist()
+        scores = {
             "bpc": nats / count / math.log(2),
             "loss": nats / count,
             "num_characters": int(count),
             "share": share,
+            "protocol": protocol,
             "context": context,
             "stride": stride,
             "receptive_field": reach,
-            "window_cut_to": min(context, reach + stride),
         }
+        return scores | ({"window_cut_to": min(context, reach + stride)} if protocol == "windowed" else {})
 
     def baselines(self, split: str, share: float) -> dict:
         """Bits per character of compressors and Markov models that have seen the training split, on the same part."""
         text = self.corpus.splits[split]
         return baselines(self.corpus.splits["train"], text[: max(1, int(share * (len(text) - 1))) + 1])
 
-    @torch.no_grad()
     def sample(self, model: Any, *, temperature: float = 0.8, seed: int = 0) -> str:
         """The first characters of the validation split, continued by the model."""
-        prompt = self.corpus.splits["valid"][:PROMPT_CHARS]
-        device = next(model.parameters()).device
-        ids = torch.from_numpy(prompt.astype(np.int64)).to(device)
-        generator = torch.Generator().manual_seed(seed)
+        prompt = self.corpus.splits["valid"][:PROMPT_CHARS].tobytes()
+        text = self.continue_text(model, prompt, length=self.sample_chars, temperature=temperature, seed=seed)
+        return (prompt + text).decode("utf-8", errors="replace")
+
+    def prepare_prompt(self, text: bytes) -> tuple[bytes, str]:
+        """What the model can go on from, and a sentence about what was changed, or "".
+
+        text8 holds a-z and single spaces: capitals become small, white space a space. DataError names what is left.
+        """
+        if self.dataset != "text8":
+            return text, ""
+        prompt = re.sub(rb"\s+", b" ", text.lower())
+        foreign = re.search(rb"[^a-z ]", prompt)
+        if foreign:
+            symbol = prompt[foreign.start() :].decode("utf-8", "replace")[0]
+            raise DataError(
+                f"this model knows a-z and space alone, the text has {symbol!r}: spell digits out, and leave "
+                "punctuation and other letters away"
+            )
+        return (
+            prompt,
+            "" if prompt == text else "capitals and white space were changed to what text8 has, a-z and space",
+        )
+
+    def continue_text(
+        self,
+        model: Any,
+        prompt: bytes,
+        *,
+        length: int,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        show: Callable[[bytes], None] = lambda piece: None,
+    ) -> bytes:
+        """The next `length` bytes after `prompt`, which holds at least one; `show` gets each as it comes.
+
+        `temperature`, `top_k`, `top_p`, `seed`: as in `models.hf.generate`.
+        """
+        if not length:
+            return b""
+        # what the model cannot see need not be read
+        ids = torch.tensor(list(prompt[-model.receptive_field - 1 :]))
         was_training = model.training
         model.eval()
-        for _ in range(self.sample_chars):
-            seen = ids[-(model.receptive_field + 1) :]
-            probabilities = torch.softmax(model(seen[None])[0, -1].float().cpu() / temperature, dim=-1)
-            ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator).to(device)])
-        model.train(was_training)
-        return bytes(ids.tolist()).decode("utf-8", errors="replace")
-
-
-def scoring_spans(num_targets: int, *, context: int, stride: int, receptive_field: int) -> list[tuple[int, int, int]]:
-    """(begin, start, end): positions begin..end - 1 are read, start..end - 1 scored; together each position once.
-
-    The paper's windows are `context` long and `stride` apart and their last `stride` positions count; the first
-    window counts whole, and what is left at the end is scored by one more window. A model that looks back
-    `receptive_field` characters gives the same logits from a window cut to that many before the scored ones.
-    """
-    if stride > context:
-        raise ValueError(f"a stride of {stride} leaves gaps between windows with a context of {context}")
-    if receptive_field <= context - stride:
-        starts = range(0, num_targets, stride)
-        return [(max(0, start - receptive_field), start, min(start + stride, num_targets)) for start in starts]
-    spans = [(0, 0, min(context, num_targets))]
-    for start in range(context, num_targets, stride):
-        end = min(start + stride, num_targets)
-        spans.append((end - context, start, end))
-    return spans
-
-
-def span_batches(spans: list[tuple[int, int, int]], batch_tokens: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Neighbouring spans of one shape, as many as fit in `batch_tokens` positions, at least one."""
-    for (length, _), group in groupby(spans, key=lambda span: (span[2] - span[0], span[1] - span[0])):
-        group = list(group)
-        size = max(1, batch_tokens // length)
-        for first in range(0, len(group), size):
-            yield group[first : first + size]
+        try:
+            found = generate(
+                model,
+                ids,
+                length=length,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                show=lambda token: show(bytes([token])),
+            )
+        finally:
+            model.train(was_training)
+        return bytes(found.tolist())

@@ -8,6 +8,7 @@ from torch import nn
 
 from kernels.window_attention import WindowPattern, window_attention
 from models.attention.options import layer_option, refuse_unknown
+from models.cache import LayerCache
 
 
 class SlidingWindowAttention(nn.Module):
@@ -63,11 +64,23 @@ class SlidingWindowAttention(nn.Module):
         """Take `pattern`, which `pattern_for(**options)` gave; options not named stay."""
         self.pattern, self.options = pattern, self.options | options
 
-    def forward(self, x: torch.Tensor, *, valid: torch.Tensor | None = None) -> torch.Tensor:
-        """x [B, T, M], valid [B, T] bool (True = real) -> [B, T, M]."""
+    def new_cache(self, batch_size: int) -> LayerCache:
+        """An empty cache for this layer as its options are now."""
+        return LayerCache(batch_size, self.pattern)
+
+    def forward(
+        self, x: torch.Tensor, *, valid: torch.Tensor | None = None, cache: LayerCache | None = None
+    ) -> torch.Tensor:
+        """x [B, T, M], valid [B, T] bool (True = real) -> [B, T, M]; with a cache x goes on where its text stopped."""
         batch, seq_len, dim = x.shape
-        query, key, value = self.qkv(x).view(batch, seq_len, 3, self.num_heads, -1).unbind(2)  # [B, T, H, D]
-        query, key, terms = self.position(query, key, self.pattern)
+        fused = self.qkv(x).view(batch, seq_len, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = fused.unbind(2)  # [B, T, H, D]
+        start = query_start = 0
+        if cache is not None:
+            start = self._position_in(cache, valid)
+        query, key, terms = self.position(query, key, self.pattern, start)
+        if cache is not None:
+            key, value, query_start = cache.append(key, value)
         out = window_attention(
             query,
             key,
@@ -76,7 +89,20 @@ class SlidingWindowAttention(nn.Module):
             dilation=self.pattern.dilation,
             causal=self.causal,
             valid=valid,
+            query_start=query_start,
             impl=self.impl,
             **terms,
         )
         return self.out(out.reshape(batch, seq_len, dim))
+
+    def _position_in(self, cache, valid):
+        """The position of the next token of a cache, once it is sure that the cache can serve this layer."""
+        if cache.pattern != self.pattern:
+            raise ValueError(
+                f"layer {self.layer}: the cache was made for window {cache.pattern.window} and dilation "
+                f"{cache.pattern.dilation}, the layer has {self.pattern.window} and {self.pattern.dilation} now: "
+                "call new_cache() after set_attention()"
+            )
+        if valid is not None:
+            raise NotImplementedError("SlidingWindowAttention: valid together with a cache is not implemented yet")
+        return cache.position

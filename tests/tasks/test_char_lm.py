@@ -1,12 +1,15 @@
 """The character task: what is scored with how much context, and that shortcuts give the same number."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from data.errors import DataError
 from models.char_lm import CharLM
-from tasks.char_lm import PROMPT_CHARS, CharLMTask, scoring_spans, span_batches
+from tasks.char_lm import PROMPT_CHARS, CharLMTask
+from tasks.scoring import choose_protocol, scoring_spans, span_batches
 from tests.models.tiny import tiny_model
 
 PROTOCOLS = [
@@ -72,7 +75,19 @@ def test_windows_are_cut_to_what_the_model_sees(num_targets, context, stride):
 def test_a_stride_beyond_the_context_is_refused():
     """Characters between two windows would be scored by neither."""
     with pytest.raises(ValueError, match="stride .*16.* context .*8"):
-        scoring_spans(100, context=8, stride=16, receptive_field=30)
+        choose_protocol("windowed", context=8, stride=16, receptive_field=30)
+
+
+@pytest.mark.parametrize("reach, expected", [(24, "streaming"), (25, "windowed")])
+def test_auto_streams_where_that_is_the_same_number(reach, expected):
+    assert choose_protocol("auto", context=32, stride=8, receptive_field=reach) == expected
+    for protocol in ("streaming", "windowed", "uncut"):
+        assert choose_protocol(protocol, context=32, stride=8, receptive_field=reach) == protocol
+
+
+def test_an_unknown_protocol_is_refused():
+    with pytest.raises(ValueError, match="protocol is 'stream', it must be one of auto, streaming, windowed, uncut"):
+        choose_protocol("stream", context=32, stride=8, receptive_field=1)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10**6])
@@ -119,13 +134,59 @@ def bits_by_the_protocol(model, text, num_targets, context, stride) -> float:
     ],
 )
 def test_bits_per_character_are_the_papers(task, positions, window, dilation, context, stride):
-    """Cut or not, batched or not: the number of the protocol taken word by word."""
+    """Cut or not, batched or not, streamed where the model sees no further: the protocol taken word by word."""
     model = byte_model(window=window, dilation=dilation, positions=positions)
     text = task.corpus.splits["test"]
     expected = bits_by_the_protocol(model.eval(), text, len(text) - 1, context, stride)
-    for batch_tokens in (1, 150, 10**6):
-        result = task.evaluate(model, "test", context=context, stride=stride, batch_tokens=batch_tokens)
-        assert result["bpc"] == pytest.approx(expected, rel=1e-6, abs=0)
+    settings = {"context": context, "stride": stride}
+    same = ["auto", "windowed", "uncut"] + ["streaming"] * (model.receptive_field <= context - stride)
+    for protocol in same:
+        for batch_tokens in (7, 150, 10**6):
+            result = task.evaluate(model, "test", **settings, protocol=protocol, batch_tokens=batch_tokens)
+            assert result["bpc"] == pytest.approx(expected, rel=1e-12, abs=0), (protocol, batch_tokens)
+
+
+@torch.no_grad()
+def test_a_stream_gives_each_character_all_that_the_model_can_see(task):
+    """Further back than the window's context, where the two protocols differ."""
+    model = byte_model(window=60).eval()
+    ids = torch.tensor(task.corpus.splits["test"].tolist())[None]
+    nats = torch.nn.functional.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:])
+    for batch_tokens in (1, 64, 1000):
+        settings = {"context": 32, "stride": 8, "batch_tokens": batch_tokens}
+        streamed = task.evaluate(model, "test", **settings, protocol="streaming")
+        assert streamed["loss"] == pytest.approx(nats.item(), rel=1e-12)
+        assert streamed["protocol"] == "streaming"
+        windowed = task.evaluate(model, "test", **settings)
+        assert windowed["protocol"] == "windowed" and abs(windowed["loss"] - streamed["loss"]) > 1e-6
+
+
+class Counting(torch.nn.Module):
+    """A model that counts the characters it is given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.read, self.longest = model, 0, 0
+        self.new_cache, self.receptive_field = model.new_cache, model.receptive_field
+
+    def forward(self, ids, **options):
+        self.read += ids.numel()
+        self.longest = max(self.longest, ids.numel())
+        return self.model(ids, **options)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 16, 1000])
+def test_a_stream_reads_each_character_once(task, batch_tokens):
+    model = Counting(byte_model(window=3, dtype=torch.float32))
+    settings = {"context": 64, "stride": 4, "batch_tokens": batch_tokens}
+    task.evaluate(model, "test", **settings)
+    assert (model.read, model.longest) == (199, min(batch_tokens, 199))
+    model.read = 0
+    task.evaluate(model, "test", **settings, rank=1, world_size=2)
+    assert model.read == 100 + 6, "its half, and what the model sees before it"
+    model.read = 0
+    task.evaluate(model, "test", **settings, protocol="uncut")
+    assert model.read == 64 * (1 + -(-(199 - 64) // 4))
 
 
 def test_the_result_says_how_it_was_taken(task):
@@ -139,9 +200,14 @@ def test_the_result_says_how_it_was_taken(task):
         "context": 32,
         "stride": 8,
         "receptive_field": 6,
-        "window_cut_to": 14,
+        "protocol": "streaming",
     }
-    assert task.evaluate(byte_model(window=60), "test", context=32, stride=8)["window_cut_to"] == 32
+    for protocol, cut in (("windowed", {"window_cut_to": 14}), ("uncut", {})):
+        other = task.evaluate(model, "test", context=32, stride=8, share=0.5, protocol=protocol)
+        scores = {"bpc": pytest.approx(result["bpc"], rel=1e-12), "loss": pytest.approx(result["loss"], rel=1e-12)}
+        assert other == {**result, "protocol": protocol, **scores, **cut}
+    wide = task.evaluate(byte_model(window=60), "test", context=32, stride=8)
+    assert (wide["protocol"], wide["window_cut_to"]) == ("windowed", 32)
 
 
 @pytest.mark.parametrize("share, count", [(1.0, 199), (0.5, 99), (0.0001, 1)])
@@ -151,14 +217,15 @@ def test_a_share_is_taken_from_the_start(task, share, count):
     expected = bits_by_the_protocol(model.eval(), text, count, 32, 8)
     result = task.evaluate(model, "test", context=32, stride=8, share=share)
     assert result["num_characters"] == count
-    assert result["bpc"] == pytest.approx(expected, rel=1e-6, abs=0)
+    assert result["bpc"] == pytest.approx(expected, rel=1e-12, abs=0)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 50])
-def test_processes_share_the_windows(task, world_size):
+@pytest.mark.parametrize("world_size", [2, 3, 210])
+@pytest.mark.parametrize("protocol, pieces", [("streaming", 199), ("windowed", 10), ("uncut", 22)])
+def test_processes_share_the_work(task, world_size, protocol, pieces):
     """Sums of all ranks are those of one process; a rank without work adds nothing."""
     model = byte_model()
-    settings = {"context": 32, "stride": 8, "batch_tokens": 60}
+    settings = {"context": 32, "stride": 8, "batch_tokens": 60, "protocol": protocol}
     alone = task.evaluate(model, "test", **settings)
     sums = []
 
@@ -171,20 +238,16 @@ def test_processes_share_the_windows(task, world_size):
     nats, count = torch.stack(sums).sum(dim=0).tolist()
     assert count == alone["num_characters"] == 199
     assert nats / count == pytest.approx(alone["loss"], rel=1e-12)
-    assert sum(total[1] > 0 for total in sums) == min(world_size, len(evaluation_batches(task)))
+    assert sum(total[1] > 0 for total in sums) == min(world_size, pieces)
 
     reduced = task.evaluate(model, "test", **settings, rank=1, world_size=2, reduce=lambda _: sum(sums))
     assert reduced["bpc"] == pytest.approx(alone["bpc"], rel=1e-12)
 
 
-def evaluation_batches(task):
-    spans = scoring_spans(199, context=32, stride=8, receptive_field=8)
-    return list(span_batches(spans, 60))
-
-
-def test_progress_counts_this_process_to_its_end(task):
+@pytest.mark.parametrize("protocol", ["streaming", "windowed", "uncut"])
+def test_progress_counts_this_process_to_its_end(task, protocol):
     calls = []
-    settings = {"context": 32, "stride": 8, "batch_tokens": 60}
+    settings = {"context": 32, "stride": 8, "batch_tokens": 60, "protocol": protocol}
     for rank in range(2):
         task.evaluate(
             byte_model(),
@@ -257,9 +320,13 @@ class Echo(torch.nn.Module):
         super().__init__()
         self.certainty = torch.nn.Parameter(torch.tensor(100.0))
 
-    def forward(self, ids):
-        earlier = torch.nn.functional.pad(ids, (self.receptive_field, 0))[:, : ids.shape[1]]
-        return self.certainty * torch.nn.functional.one_hot(earlier, 256)
+    def new_cache(self, batch_size):
+        return SimpleNamespace(position=0, seen=torch.zeros(batch_size, self.receptive_field, dtype=torch.int64))
+
+    def forward(self, ids, cache):
+        earlier = torch.cat([cache.seen, ids], dim=1)
+        cache.position, cache.seen = cache.position + ids.shape[1], earlier[:, -self.receptive_field :]
+        return self.certainty * torch.nn.functional.one_hot(earlier[:, : ids.shape[1]], 256)
 
 
 def test_a_sample_lets_the_model_see_as_far_as_it_can(task):
@@ -270,6 +337,30 @@ def test_a_sample_lets_the_model_see_as_far_as_it_can(task):
 
 def test_any_bytes_make_a_sample(task):
     assert task.sample(byte_model(), temperature=5.0)
+
+
+def test_a_text_is_continued_byte_by_byte(task):
+    model, pieces = byte_model().train(), []
+    settings = {"length": 20, "temperature": 0.9, "top_k": 9, "top_p": 0.9, "seed": 3}
+    text = task.continue_text(model, b"the cat", **settings, show=pieces.append)
+    assert len(text) == len(pieces) == 20 and b"".join(pieces) == text
+    assert model.training
+    longer = task.continue_text(model, b"xyz" * 50 + b"the cat sat on", **settings)
+    assert longer == task.continue_text(model, b"the cat sat on", **settings), "the model sees 8 characters back"
+    assert task.continue_text(model, b"the cat", length=0) == b""
+
+
+def test_a_prompt_for_text8_is_brought_to_its_symbols(tmp_path):
+    data = {"path": None, "cache_dir": str(tmp_path), "workers": 0}
+    plain, changed = CharLMTask("text8", data=data), "capitals and white space were changed to what text8 has"
+    assert plain.prepare_prompt(b"the cat ") == (b"the cat ", "")
+    prompt, note = plain.prepare_prompt(b"The\tCat\n sat\r\n")
+    assert prompt == b"the cat sat " and note.startswith(changed)
+    for text, symbol in ((b"In 1999", "'1'"), ("Käse".encode(), "'ä'"), (b"a, b", "','")):
+        with pytest.raises(DataError, match=f"knows a-z and space alone, the text has {symbol}: spell digits out"):
+            plain.prepare_prompt(text)
+    assert CharLMTask("enwik8", data=data).prepare_prompt(b"In 1999,\n") == (b"In 1999,\n", "")
+    assert list(tmp_path.iterdir()) == [], "nothing is downloaded for it"
 
 
 def test_what_the_task_says_of_its_data(task):

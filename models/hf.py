@@ -1,0 +1,96 @@
+"""Generation: transformers' loop around our character model, each token computed once through the rolling cache.
+
+The only module of models that imports transformers, and only inside its functions: it takes seconds to load.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+PIECE = 4096  # characters of a prompt that are read at a time
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompt: torch.Tensor,
+    *,
+    length: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    show: Callable[[int], None] = lambda token: None,
+) -> torch.Tensor:
+    """Continue `prompt`, int64 [T] with T >= 1, by `length` tokens: int64 [length], on the CPU.
+
+    `model`: a CharLM, in evaluation mode. `temperature` 0 takes the likeliest token; else one is drawn from the
+    softmax of logits / temperature, among the `top_k` likeliest or the likeliest that make up `top_p`. The same seed
+    draws the same on one machine; torch's global generators are left as they were. `show` gets each token as it comes.
+    """
+    if prompt.dim() != 1 or not len(prompt):
+        raise ValueError(f"prompt must be [T] with at least one token, got {tuple(prompt.shape)}")
+    device = next(model.parameters()).device
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        how = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    continuing, streamer = _classes()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        ids = continuing(model).generate(
+            prompt[None].to(device),
+            max_new_tokens=length,
+            streamer=streamer(show),
+            use_cache=False,  # of theirs: ours is inside
+            **how,
+        )
+    return ids[0, len(prompt) :].cpu()
+
+
+@cache
+def _classes() -> tuple[Any, Any]:
+    """Our model as their loop wants it, and a streamer that calls a function."""
+    from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+    from transformers.generation.streamers import BaseStreamer
+    from transformers.modeling_outputs import CausalLMOutput
+
+    class Continuing(PreTrainedModel, GenerationMixin):
+        """One text that grows: of the tokens so far only those not yet read are given to the model."""
+
+        config_class = PreTrainedConfig
+        main_input_name = "input_ids"
+
+        def __init__(self, model):
+            super().__init__(PreTrainedConfig(is_encoder_decoder=False))
+            self.model, self.read = model, model.new_cache(1)
+
+        @property
+        def device(self):
+            return next(self.model.parameters()).device
+
+        def forward(self, input_ids, **unused):
+            logits = None
+            for piece in input_ids[:, self.read.position :].split(PIECE, dim=1):
+                logits = self.model(piece, cache=self.read)[:, -1:]
+            return CausalLMOutput(logits=logits)
+
+        def prepare_inputs_for_generation(self, input_ids, **unused):
+            return {"input_ids": input_ids}
+
+    class Showing(BaseStreamer):
+        """Calls a function with each new token."""
+
+        def __init__(self, show):
+            self.show, self.in_prompt = show, True
+
+        def put(self, value):
+            if not self.in_prompt:
+                self.show(int(value))
+            self.in_prompt = False
+
+        def end(self):
+            pass
+
+    return Continuing, Showing

@@ -1,0 +1,133 @@
+"""Continue a text with a trained run: python predict.py run_dir=DIR|checkpoint=PATH input=FILE|-|DIR|prompt=TEXT."""
+
+import codecs
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from configs.cli import entry
+
+SHOWN = 64  # last bytes of a prompt that are printed and written beside what follows them
+
+
+def main(cfg) -> None:
+    """What the task makes of each input: shown as it comes, or a row of JSON a file; `output` takes the rows."""
+    inputs = find_inputs(cfg)
+    output = None if cfg.output is None else check_output(Path(cfg.output).expanduser())
+
+    from configs.schema import ConfigError
+    from eval import open_run
+    from training.distributed import choose_device
+    from training.precision import autocast
+
+    device = choose_device(cfg.device)
+    run = open_run(cfg.run_dir, cfg.checkpoint, device=device, strict=cfg.strict, num_threads=cfg.num_threads)
+    if not hasattr(run.task, "continue_text"):
+        raise ConfigError(f"the task {run.task.name} of this run does not continue texts")
+    prompts = prepare(run.task, inputs)
+    several = cfg.input is not None and Path(cfg.input).expanduser().is_dir()
+    how = {name: cfg[name] for name in ("length", "temperature", "top_k", "top_p", "seed")}
+    for number, (name, prompt) in enumerate(prompts.items(), start=1):
+        if several:
+            print(f"{number}/{len(prompts)} {name}", file=sys.stderr)
+        row, added = {"input": name, "prompt": _text(prompt[-SHOWN:])}, bytearray()
+        show = added.extend if several else terminal(row["prompt"], added)
+        try:
+            with autocast(run.precision, device):
+                run.task.continue_text(run.model, prompt, **how, show=show)
+        finally:
+            # what came before an interruption stays
+            row |= {
+                "continuation": _text(added),
+                "complete": len(added) == cfg.length,
+                **how,
+                "step": run.state["step"],
+            }
+            line = json.dumps(row, ensure_ascii=False)
+            if not several:
+                print(flush=True)
+            if output is not None:
+                with output.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            elif several:
+                print(line, flush=True)
+
+
+def find_inputs(cfg) -> dict[str, bytes]:
+    """Name -> text of what is to be continued: the prompt, stdin, a file, or the files of a folder that hold any.
+
+    ConfigError for a file that is not there or cannot be read, DataError where there is no text.
+    """
+    from configs.schema import ConfigError
+    from data.errors import DataError
+
+    if cfg.prompt is not None:
+        return {"prompt": cfg.prompt.encode("utf-8", "surrogateescape")}
+    if cfg.input == "-":
+        texts = {"-": sys.stdin.buffer.read()}
+    else:
+        path = Path(cfg.input).expanduser()
+        if not path.exists():
+            raise ConfigError(f"input={cfg.input} does not exist: name a file, a folder, or - for stdin")
+        files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+        try:
+            texts = {str(file): file.read_bytes() for file in files if not file.name.startswith(".")}
+        except OSError as error:
+            raise ConfigError(f"input={cfg.input}: {error.filename} cannot be read: {error.strerror}") from None
+    empty = [name for name, text in texts.items() if not text]
+    if len(empty) == len(texts):
+        what = f"holds no files ({len(texts)})" if not texts else "is empty (0 bytes)"
+        raise DataError(f"input={cfg.input} {what}: there is nothing to continue, give at least one character")
+    if empty:
+        print(f"left out, as there is nothing in them to continue: {', '.join(empty)}", file=sys.stderr)
+    return {name: text for name, text in texts.items() if text}
+
+
+def check_output(path: Path) -> Path:
+    """The path itself; ConfigError where its folder is missing or something lies there already."""
+    from configs.schema import ConfigError
+
+    if not path.parent.is_dir():
+        raise ConfigError(f"output={path}: there is no folder {path.parent}, make it first")
+    if path.exists():
+        raise ConfigError(f"output={path} exists already: remove it, or name another file")
+    return path
+
+
+def prepare(task, inputs: dict[str, bytes]) -> dict[str, bytes]:
+    """The inputs as the task takes them, each change told on stderr; DataError names the input that it refuses."""
+    from data.errors import DataError
+
+    prompts = {}
+    for name, text in inputs.items():
+        try:
+            prompts[name], note = task.prepare_prompt(text)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+        if note:
+            print(f"{name}: {note}", file=sys.stderr)
+    return prompts
+
+
+def terminal(prompt: str, added: bytearray) -> Callable[[bytes], None]:
+    """A function that keeps each piece in `added` and shows the characters it completes, after the prompt.
+
+    What is no UTF-8 shows as the replacement character.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    print(prompt, end="", flush=True)
+
+    def show(piece: bytes) -> None:
+        added.extend(piece)
+        print(decoder.decode(piece), end="", flush=True)
+
+    return show
+
+
+def _text(text: bytes | bytearray) -> str:
+    return text.decode("utf-8", errors="replace")
+
+
+if __name__ == "__main__":
+    entry("predict", main)
