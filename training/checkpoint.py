@@ -1,85 +1,99 @@
-"""Checkpoints: safetensors for tensors, JSON for the rest, a manifest with sha256, never pickle.
+"""Checkpoints on disk: which ones count, which are sound, how one is loaded. No pickle is ever read.
 
-A checkpoint is the folder `checkpoints/step-N/`. It is written under a temporary name, its files and then the
-folder are flushed to disk, and one rename makes it appear; the manifest is the last file written. So a folder
-named step-N is whole unless something damaged it later, which the manifest's sizes and digests show.
+A checkpoint is the folder `checkpoints/step-N/`: safetensors for tensors, JSON for the rest, and a manifest with size
+and sha256 of each file, the last file written. `training.checkpoint_writer` writes it under a temporary name, flushes
+it to disk and renames it. So a folder named step-N is whole unless something damaged it later, which the manifest
+shows.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
+import math
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from training import rng
-from training.errors import CheckpointError, ResourceError
-from training.files import UNFINISHED, json_ready, point_link, sync, temporary_beside, write_json
-from training.tensor_file import model_tensors, read_all, read_model
+from training.errors import CheckpointError
+from training.files import UNFINISHED, point_link, sync, write_json
+from training.tensor_file import nonfinite, read_all, read_model
 
 MODEL, OPTIMIZER, RNG = "model.safetensors", "optimizer.safetensors", "rng.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 FORMAT = 1
-REPLACED = ".old-"
+FOLDER, LATEST, BEST = "checkpoints", "latest", "best.json"
+REPLACED, DAMAGED = ".old-", ".damaged-"
+BEST_METRIC = "valid/loss"
+DCP_METADATA = ".metadata"
+
+log = logging.getLogger(__name__)
 
 
-def save_checkpoint(
-    run_dir: Path, step: int, *, model: nn.Module, optimizer: Any, state: Mapping[str, Any], keep: int
-) -> Path:
-    """Write `checkpoints/step-<step>`, move the link `latest` to it, drop all but the newest `keep`.
+def numbered_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything that is named as a checkpoint, newest first; nothing in it is looked at."""
+    folder = Path(run_dir) / FOLDER
+    matches = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(((int(match[1]), path) for match, path in matches if match and path.is_dir()), reverse=True)
 
-    `model`: unwrapped (no DDP, not the compiled one). `optimizer`: an object with the state_dict of
-    `training.optim.Optimizers`, or None. `state`: JSON values, returned by `load_checkpoint`. An existing
-    checkpoint of this step is replaced. Call it in one process only.
 
-    Raises ResourceError where the disk is full or not writable; what was there before stays as it was.
+def complete_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints that have a manifest and right sizes, newest first; digests are not read."""
+    complete = []
+    for step, path in numbered_checkpoints(run_dir):
+        with contextlib.suppress(CheckpointError):
+            check_sizes(path)
+            complete.append((step, path))
+    return complete
+
+
+def newest_sound(
+    run_dir: Path, *, set_aside: bool = False, report: Callable[[str], object] = log.warning
+) -> Path | None:
+    """The newest checkpoint whose manifest, sizes and digests are right; None where there is no checkpoint at all.
+
+    Each damaged one above it is told to `report`: file, what was found, what was expected, what is used instead.
+    `set_aside` (only for the holder of the run's lock) renames it, so that it is never met again.
+
+    Raises CheckpointError where there are checkpoints and none is sound; nothing is renamed then.
     """
-    if keep < 2:
-        raise ValueError(f"keep must be at least 2, so that a damaged newest checkpoint costs one, got {keep}")
-    folder = Path(run_dir) / "checkpoints"
-    final = folder / f"step-{step}"
-    temporary = temporary_beside(final)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        _write(temporary, step, model, optimizer, state)
-        _appear(temporary, final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        raise ResourceError(
-            f"the checkpoint {final} could not be written: {error}. Free there: {free:,} bytes; earlier "
-            "checkpoints are untouched. Free some space or choose another run_dir."
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    point_link(folder / "latest", final.name)
-    for old in _complete(run_dir)[keep:]:
-        if old != final:  # after going back, higher steps may be there
-            _remove(old)
-    return final
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint of the highest step with a manifest and right sizes, or None; digests are not read."""
-    complete = _complete(run_dir)
-    return complete[0] if complete else None
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for _, path in numbered_checkpoints(run_dir):
+        try:
+            verify_files(path)
+        except CheckpointError as error:
+            damaged.append((path, error))
+            continue
+        for broken, error in damaged:
+            kept = _set_aside(broken) if set_aside else broken
+            report(f"{error}. {path.name} is used instead; the damaged one stays as {kept} until you delete it.")
+        if damaged and set_aside:
+            point_link(path.parent / LATEST, path.name)
+        return path
+    if damaged:
+        raise CheckpointError(
+            f"none of the {len(damaged)} checkpoints in {damaged[0][0].parent} is sound: "
+            + "; ".join(str(error) for _, error in damaged)
+            + ". Restore one of them from a copy, or start anew with another run_dir."
+        )
+    return None
 
 
 def sweep_stale(run_dir: Path) -> list[str]:
     """Clean up after a killed process; names what was removed. Only the holder of the run's lock may call it.
 
-    Unfinished folders go; a checkpoint that was being replaced comes back if its successor never appeared.
+    Unfinished folders go; a checkpoint that was being replaced comes back if its successor never appeared. Damaged
+    ones that were set aside stay.
     """
-    folder = Path(run_dir) / "checkpoints"
+    folder = Path(run_dir) / FOLDER
     removed = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         name, replaced, _ = path.name.partition(REPLACED)
@@ -91,6 +105,33 @@ def sweep_stale(run_dir: Path) -> list[str]:
     return removed
 
 
+def mark_best(run_dir: Path, step: int, value: float) -> bool:
+    """Write `checkpoints/best.json` if the validation loss `value` (nats) is the lowest; whether it was.
+
+    Rotation keeps the marked checkpoint. A mark whose checkpoint is gone does not count, and a step without a complete
+    one gets none: wait for the writer first.
+    """
+    former = best_checkpoint(run_dir)
+    if not math.isfinite(value) or (former is not None and value >= former[1]):
+        return False
+    if step not in (complete for complete, _ in complete_checkpoints(run_dir)):
+        return False
+    write_json(Path(run_dir) / FOLDER / BEST, {"step": step, BEST_METRIC: value})
+    return True
+
+
+def best_checkpoint(run_dir: Path) -> tuple[int, float] | None:
+    """(step, validation loss) of best.json; None where there is no readable one or its checkpoint is gone."""
+    folder = Path(run_dir) / FOLDER
+    try:
+        marked = _read_json(folder / BEST)
+        step, value = int(marked["step"]), float(marked[BEST_METRIC])
+        check_sizes(folder / f"step-{step}")
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return None
+    return step, value
+
+
 def load_checkpoint(
     path: Path,
     *,
@@ -98,139 +139,160 @@ def load_checkpoint(
     optimizer: Any = None,
     map_location: str | torch.device = "cpu",
     restore_rng: bool = True,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """Restore a checkpoint into `model`, `optimizer` and the random generators; returns the caller's state.
 
-    Order: manifest, sizes, digests, header, names with shapes and dtypes, and only then assignment, in place,
-    so that ties and the optimizer's references hold. `map_location`: device the tensors are read to on their
-    way.
+    Order: manifest, sizes, digests, header, names with shapes and dtypes, finite values, and only then assignment, in
+    place, so that ties and the optimizer's references hold. `map_location`: device the tensors are read to on their
+    way. `strict=False` takes what fits and warns with the list of what was left out; an optimizer state that does not
+    fit is left out whole.
 
     Raises CheckpointError naming the file, what was found and what was expected.
     """
     path = Path(path)
-    verify_files(path)
+    try:
+        verify_files(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}.{_other_choices(path)}") from error
     saved = _read_json(path / STATE)
-    tensors = read_model(path / MODEL, model, map_location)
+    if missing := {"state", "optimizer", "rng"} - saved.keys():
+        raise CheckpointError(f"{path / STATE} has no {', '.join(sorted(missing))}")
+    tensors, left_out = read_model(path / MODEL, model, map_location, strict=strict)
+    check_finite(path / MODEL, tensors)
+    generators = read_all(path / RNG, "cpu")
     if optimizer is not None:
-        if saved["optimizer"] is None:
-            raise CheckpointError(f"{path} holds no optimizer state; it can be evaluated, not trained further")
-        state = {"tensors": read_all(path / OPTIMIZER, map_location), "values": saved["optimizer"]}
         try:
-            optimizer.load_state_dict(state)
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{path / OPTIMIZER}: {error}") from error
+            _load_optimizer(path, saved["optimizer"], optimizer, map_location)
+        except CheckpointError as error:
+            if strict:
+                raise
+            left_out.append(f"  optimizer state: {error}")
+    own = model.state_dict()
     with torch.no_grad():
-        for key, target in model.state_dict().items():
-            target.copy_(tensors[key])
+        for key, tensor in tensors.items():
+            own[key].copy_(tensor)
+    if left_out:
+        log.warning("%s was loaded in part, left out:\n%s", path, "\n".join(left_out))
     if restore_rng:
-        rng.restore(read_all(path / RNG, "cpu"), saved["rng"])
+        rng.restore(generators, saved["rng"])
     return saved["state"]
 
 
 def verify_files(path: Path) -> dict[str, Any]:
     """Check manifest, sizes and sha256 of every file of a checkpoint; returns the manifest.
 
-    Raises CheckpointError for the first file that is missing or not as written.
+    Raises CheckpointError (a clause without a full stop) for the first file that is missing or not as written.
     """
     path = Path(path)
-    manifest = _check_sizes(path)
+    manifest = check_sizes(path)
     for name, entry in manifest["files"].items():
-        found = _sha256(path / name)
+        try:
+            found = file_digest(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name} cannot be read: {error}") from error
         if found != entry["sha256"]:
-            raise CheckpointError(
-                f"{path / name} is damaged: sha256 {found}, expected {entry['sha256']}. Use an older checkpoint."
-            )
+            raise CheckpointError(f"{path / name} is damaged: sha256 {found}, expected {entry['sha256']}")
     return manifest
 
 
-def _write(folder: Path, step: int, model: nn.Module, optimizer: Any, state: Mapping[str, Any]) -> None:
-    tensors, aliases = model_tensors(model)
-    save_file(tensors, folder / MODEL, metadata={"aliases": json.dumps(aliases)})
-    optimizer_state = None if optimizer is None else optimizer.state_dict()
-    if optimizer_state is not None:
-        flat = {key: value.detach().cpu().contiguous() for key, value in optimizer_state["tensors"].items()}
-        save_file(flat, folder / OPTIMIZER)
-    generator_tensors, generator_values = rng.capture()
-    save_file(generator_tensors, folder / RNG)
-    content = {
-        "step": step,
-        "state": json_ready(state),
-        "optimizer": None if optimizer_state is None else optimizer_state["values"],
-        "rng": generator_values,
-    }
-    (folder / STATE).write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
-    for file in folder.iterdir():
-        os.chmod(file, 0o666 & ~_umask())  # safetensors writes 0600 whatever the umask says
-        sync(file)
-    files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
-    write_json(folder / MANIFEST, {"format": FORMAT, "step": step, "files": files})
-    sync(folder)
+def check_sizes(path: Path) -> dict[str, Any]:
+    """Check that a folder is one of our checkpoints with all its files of the right sizes; returns the manifest.
 
-
-def _appear(temporary: Path, final: Path) -> None:
-    """Rename into place; an older folder of the same step steps aside first and goes afterwards."""
-    aside = None
-    if final.exists():
-        aside = final.with_name(final.name + REPLACED + temporary.name.rpartition("-")[2])
-        os.rename(final, aside)
-    try:
-        os.rename(temporary, final)
-    except OSError:
-        if aside is not None:
-            os.rename(aside, final)
-        raise
-    sync(final.parent)
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    # renamed first: a kill in between must not leave half a folder under a name that counts
-    doomed = temporary_beside(path)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _complete(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
-    numbered = []
-    folder = Path(run_dir) / "checkpoints"
-    for path in folder.iterdir() if folder.is_dir() else []:
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and path.is_dir():
-            numbered.append((int(match[1]), path))
-    complete = []
-    for _, path in sorted(numbered, reverse=True):
-        try:
-            _check_sizes(path)
-        except CheckpointError:
-            continue
-        complete.append(path)
-    return complete
-
-
-def _check_sizes(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise CheckpointError(f"no checkpoint at {path}; expected a folder such as checkpoints/step-1000")
-    if not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MANIFEST}, the file written last")
+    Raises CheckpointError (a clause without a full stop). Files that would have to be unpickled are refused by name.
+    """
+    _refuse_foreign(path)
     manifest = _read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path / MANIFEST}: format {manifest.get('format')!r}, this code reads {FORMAT}")
-    files = manifest.get("files", {})
-    missing = {MODEL, RNG, STATE} - files.keys()
-    if missing:
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{path / MANIFEST} gives its files as {files!r}, expected an object")
+    if missing := {MODEL, RNG, STATE} - files.keys():
         raise CheckpointError(f"{path / MANIFEST} does not list {', '.join(sorted(missing))}")
     for name, entry in files.items():
         if not re.fullmatch(r"[\w.-]+", name):
             raise CheckpointError(f"{path / MANIFEST} lists {name!r}, which is not a plain file name")
         if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
             raise CheckpointError(f"{path / MANIFEST} gives {name} as {entry!r}, expected size and sha256")
-        found = (path / name).stat().st_size if (path / name).is_file() else None
+        try:
+            found = (path / name).stat().st_size
+        except OSError:
+            found = None
         if found != entry["size"]:
             state = "is missing" if found is None else f"has {found:,} bytes"
-            raise CheckpointError(f"{path / name} {state}, expected {entry['size']:,} bytes. Use an older checkpoint.")
+            raise CheckpointError(f"{path / name} {state}, expected {entry['size']:,} bytes")
     return manifest
+
+
+def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError naming the first tensor of the file `path` that holds infinite values or NaN."""
+    for name, count in nonfinite(tensors).items():
+        raise CheckpointError(
+            f"{path}: {name} holds {count:,} of {tensors[name].numel():,} values that are not finite; nothing of it "
+            "was loaded"
+        )
+
+
+def file_digest(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_foreign(path: Path) -> None:
+    """What is not a checkpoint of ours is told apart by names alone: opening a pickle is what runs its code."""
+    if path.is_file():
+        kind = "" if path.suffix == ".safetensors" else ", and reading it could run code from it where it is a pickle"
+        raise CheckpointError(
+            f"{path} is a single file{kind}; it was not opened. Expected a folder such as checkpoints/step-1000 with "
+            f"{MANIFEST} and {MODEL}, as training writes it"
+        )
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}; expected a folder such as checkpoints/step-1000")
+    if (path / DCP_METADATA).exists():
+        raise CheckpointError(
+            f"{path} holds {DCP_METADATA}, the pickle of a torch.distributed.checkpoint; reading it could run code "
+            f"from it, so it was not opened. Expected a folder with {MANIFEST} and {MODEL}, as training writes it"
+        )
+    if not (path / MANIFEST).is_file():
+        names = sorted(entry.name for entry in path.iterdir())
+        listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint: it has no {MANIFEST}, the file written last. It holds "
+            f"{listed or 'nothing'}; expected {MODEL}, {RNG}, {STATE} and {MANIFEST}"
+        )
+
+
+def _other_choices(path: Path) -> str:
+    """A sentence naming the complete checkpoints beside `path` or, where it is a run folder, in it."""
+    for run_dir in (path, path.parent.parent):
+        others = [str(other) for _, other in complete_checkpoints(run_dir) if other.name != path.name]
+        if others:
+            return f" Complete ones there: {', '.join(others[:3])}."
+    return ""
+
+
+def _set_aside(path: Path) -> Path:
+    """The new name of a damaged checkpoint; its old one where the folder cannot be changed."""
+    aside = path.with_name(f"{path.name}{DAMAGED}{secrets.token_hex(4)}")
+    try:
+        os.rename(path, aside)
+        sync(path.parent)
+    except OSError:
+        return path
+    return aside
+
+
+def _load_optimizer(path: Path, values: Any, optimizer: Any, device: str | torch.device) -> None:
+    if values is None:
+        raise CheckpointError(f"{path} holds no optimizer state; it can be evaluated, not trained further")
+    tensors = read_all(path / OPTIMIZER, device)
+    check_finite(path / OPTIMIZER, tensors)
+    try:
+        optimizer.load_state_dict({"tensors": tensors, "values": values})
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path / OPTIMIZER}: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -241,15 +303,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object")
     return value
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _umask() -> int:
-    # the mask can only be read by setting it; the stricter value is in force for an instant
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -1,13 +1,19 @@
 """Files that are either whole or not there: temporary file, fsync, rename."""
 
+import contextlib
+import errno
 import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from training.errors import ResourceError
+
+# what goes away when somebody frees space; a folder that may not be written to stays so
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 UNFINISHED = ".tmp-"
 
 
@@ -82,3 +88,17 @@ def point_link(link: Path, target: str) -> None:
         os.replace(temporary, link)
     except OSError:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def room_for(folder: Path) -> Iterator[None]:
+    """A disk that is full in here, and that nothing better was done about, is a ResourceError about `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise ResourceError(
+            f"{error.filename or folder} could not be written: {os.strerror(error.errno)}. What was written before is "
+            "whole. Free some space and run the same command again."
+        ) from error

@@ -2,6 +2,8 @@
 
 import difflib
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +42,24 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors on the CPU by name, {tied name: name its values are stored under}) of the model's state.
+    """(tensors by name, {tied name: name its values are stored under}) of the model's state.
 
-    The tensors are the model's own memory where that is possible: write them out before the next step.
+    The tensors are the model's own memory, on its device: the next step changes them.
     """
     aliases = tied_names(model)
-    stored = {}
-    for name, tensor in model.state_dict().items():
-        if name in aliases:
+    return {name: value.detach() for name, value in model.state_dict().items() if name not in aliases}, aliases
+
+
+def nonfinite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """{name: number of its values that are infinite or not a number}, only of tensors that hold any."""
+    found = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
-        value = tensor.detach().cpu().contiguous()
-        # a part of a larger memory would be refused by the format
-        partial = value.untyped_storage().nbytes() != value.numel() * value.element_size()
-        stored[name] = value.clone() if partial else value
-    return stored, aliases
+        # both ends are infinite or NaN where any value is, and that costs a tenth of testing each value
+        if not all(math.isfinite(end.item()) for end in torch.aminmax(tensor)):
+            found[name] = int(tensor.numel() - tensor.isfinite().sum())
+    return found
 
 
 def open_tensors(path: Path, device: str | torch.device) -> Any:
@@ -71,14 +77,17 @@ def read_all(path: Path, device: str | torch.device) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in names}
 
 
-def read_model(path: Path, model: nn.Module, device: str | torch.device) -> dict[str, Tensor]:
-    """The tensor of `path` for each name in the model's state, after names, shapes and dtypes were checked.
+def read_model(
+    path: Path, model: nn.Module, device: str | torch.device, *, strict: bool = True
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(tensor of `path` by name in the model's state, lines naming what was left out because it does not fit).
 
-    Raises CheckpointError with a table of what differs.
+    Names, shapes and dtypes are compared first. `strict`: nothing may be left out; CheckpointError then has a table
+    of what differs. Raises CheckpointError in both cases for a file of which nothing fits.
     """
     own = model.state_dict()
     with open_tensors(path, device) as file:
-        aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
+        aliases = _aliases(path, file)
         found = {}
         names = file.keys()
         for key in names:
@@ -86,18 +95,30 @@ def read_model(path: Path, model: nn.Module, device: str | torch.device) -> dict
             found[key] = (DTYPES.get(header.get_dtype(), header.get_dtype()), tuple(header.get_shape()))
         found.update({alias: found[key] for alias, key in aliases.items() if key in found})
         expected = {key: (str(value.dtype).removeprefix("torch."), tuple(value.shape)) for key, value in own.items()}
-        check_tensors(path, found, expected)
-        by_name = {key: file.get_tensor(key) for key in {aliases.get(key, key) for key in own}}
-    tensors = {key: by_name[aliases.get(key, key)] for key in own}
-    _check_ties(path, model, tensors)
-    return tensors
+        fitting = [key for key in own if found.get(key) == expected[key]]
+        left_out = differences(found, expected)
+        if left_out and (strict or not fitting):
+            more = [f"  ... and {len(left_out) - MAX_ROWS} more"] if len(left_out) > MAX_ROWS else []
+            raise CheckpointError(
+                f"{path} does not fit the model, {len(left_out)} of {len(expected)} tensors differ:\n"
+                + "\n".join(left_out[:MAX_ROWS] + more)
+                + "\nBuild the model with the configuration the checkpoint was trained with."
+            )
+        by_name = {key: file.get_tensor(key) for key in {aliases.get(key, key) for key in fitting}}
+    tensors = {key: by_name[aliases.get(key, key)] for key in fitting}
+    for alias, name in tied_names(model).items():
+        if not {alias, name} <= tensors.keys() or tensors[alias] is tensors[name]:
+            continue
+        if not torch.equal(tensors[alias], tensors[name]):
+            if strict:
+                raise CheckpointError(f"{path}: {alias} and {name} differ, expected one tensor: the model ties them")
+            del tensors[alias]
+            left_out.append(f"  {alias}: the model ties it to {name}, whose values were taken")
+    return tensors, left_out
 
 
-def check_tensors(path: Path, found: dict[str, tuple], expected: dict[str, tuple]) -> None:
-    """Raise CheckpointError unless both mappings of name to (dtype, shape) are equal.
-
-    The message lists the first differences; a name that is missing comes with the nearest name of the file.
-    """
+def differences(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> list[str]:
+    """A line for each name whose (dtype, shape) differs; a missing name comes with the nearest name of the file."""
     unknown = found.keys() - expected.keys()
     rows = []
     for name in sorted(found.keys() | expected.keys()):
@@ -108,20 +129,17 @@ def check_tensors(path: Path, found: dict[str, tuple], expected: dict[str, tuple
             close = difflib.get_close_matches(name, unknown, n=1)
             nearest = f"  (nearest in the file: {close[0]})" if close else ""
         rows.append(f"  {name}: found {_show(found.get(name))}, expected {_show(expected.get(name))}{nearest}")
-    if not rows:
-        return
-    more = [f"  ... and {len(rows) - MAX_ROWS} more"] if len(rows) > MAX_ROWS else []
-    raise CheckpointError(
-        f"{path} does not fit the model, {len(rows)} of {len(expected)} tensors differ:\n"
-        + "\n".join(rows[:MAX_ROWS] + more)
-        + "\nBuild the model with the configuration the checkpoint was trained with."
-    )
+    return rows
 
 
-def _check_ties(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    for alias, name in tied_names(model).items():
-        if tensors[alias] is not tensors[name] and not torch.equal(tensors[alias], tensors[name]):
-            raise CheckpointError(f"{path}: {alias} and {name} differ, expected one tensor: the model ties them")
+def _aliases(path: Path, file: Any) -> dict[str, str]:
+    try:
+        aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the names of tied tensors in its header are not JSON: {error}") from error
+    if not isinstance(aliases, dict):
+        raise CheckpointError(f"{path}: the names of tied tensors in its header are {aliases!r}, expected an object")
+    return aliases
 
 
 def _show(entry: tuple | None) -> str:

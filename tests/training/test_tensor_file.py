@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from training.errors import CheckpointError
-from training.tensor_file import check_tensors, model_tensors, read_model, tied_names
+from training.tensor_file import model_tensors, nonfinite, read_model, tied_names
 
 
 class Tied(nn.Module):
@@ -22,6 +22,7 @@ class Tied(nn.Module):
 
 def write(path, model):
     tensors, aliases = model_tensors(model)
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(tensors, path, metadata={"aliases": json.dumps(aliases)})
     return path
 
@@ -34,7 +35,7 @@ def test_ties_are_named_and_stored_once():
 
 def test_tied_values_fit_an_untied_model(tmp_path):
     model = Tied()
-    found = read_model(write(tmp_path / "a", model), Tied(tied=False), "cpu")
+    found, _ = read_model(write(tmp_path / "a", model), Tied(tied=False), "cpu")
     assert torch.equal(found["head.weight"], model.embedding.weight)
     assert torch.equal(found["embedding.weight"], model.embedding.weight)
 
@@ -50,7 +51,7 @@ def test_views_of_one_larger_tensor_are_stored_by_value(tmp_path):
     model.register_buffer("left", base[:4])
     model.register_buffer("right", base[4:].view(2, 3).T)
     model.register_buffer("first", base[:2])
-    found = read_model(write(tmp_path / "a", model), model, "cpu")
+    found, _ = read_model(write(tmp_path / "a", model), model, "cpu")
     assert found.keys() == {"left", "right", "first"}
     assert all(torch.equal(value, getattr(model, name)) for name, value in found.items())
 
@@ -68,7 +69,42 @@ def test_another_dtype_does_not_fit(tmp_path):
         read_model(path, nn.LayerNorm(8), "cpu")
 
 
-def test_a_long_table_is_cut():
-    expected = {f"layer.{index}": ("float32", (2,)) for index in range(30)}
+def test_a_long_table_is_cut(tmp_path):
+    model, other = nn.Module(), nn.Module()
+    for index in range(30):
+        model.register_buffer(f"layer_{index}", torch.zeros(2))
+        other.register_buffer(f"layer_{index}", torch.zeros(3))
+    path = write(tmp_path / "a", model)
     with pytest.raises(CheckpointError, match=r"30 of 30 tensors differ:\n(  layer.*\n){12}  \.\.\. and 18 more\n"):
-        check_tensors("model.safetensors", {}, expected)
+        read_model(path, other, "cpu")
+
+
+def test_a_file_of_which_nothing_fits_is_refused_in_any_case(tmp_path):
+    with pytest.raises(CheckpointError, match="2 of 2 tensors differ"):
+        read_model(write(tmp_path / "a", nn.LayerNorm(4)), nn.LayerNorm(8), "cpu", strict=False)
+
+
+def test_untied_values_fit_a_tied_model_in_part(tmp_path):
+    stored = Tied(tied=False)
+    found, left_out = read_model(write(tmp_path / "a", stored), Tied(), "cpu", strict=False)
+    assert list(found) == ["embedding.weight"] and torch.equal(found["embedding.weight"], stored.embedding.weight)
+    assert left_out == ["  head.weight: the model ties it to embedding.weight, whose values were taken"]
+
+
+@pytest.mark.parametrize("aliases", ["{", "[]"])
+def test_a_broken_list_of_ties_is_refused(tmp_path, aliases):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "a", metadata={"aliases": aliases})
+    with pytest.raises(CheckpointError, match="names of tied tensors in its header are"):
+        read_model(tmp_path / "a", nn.LayerNorm(2), "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_values_that_are_not_finite_are_counted(dtype):
+    tensors = {
+        "fine": torch.ones(3, dtype=dtype),
+        "empty": torch.ones(0, dtype=dtype),
+        "scalar": torch.tensor(float("-inf"), dtype=dtype),
+        "mixed": torch.tensor([[1, float("nan")], [float("inf"), 2]], dtype=dtype),
+        "whole": torch.arange(3),
+    }
+    assert nonfinite(tensors) == {"scalar": 1, "mixed": 2}
