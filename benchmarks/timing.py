@@ -2,20 +2,19 @@
 
 import csv
 import datetime
-import importlib.metadata
 import os
 import platform
-import subprocess
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from training.environment import cpu_model, git, package_version
+
 LOW, HIGH = 20, 80  # percentiles of a range
 Name = TypeVar("Name", bound=Hashable)
 
@@ -113,9 +112,9 @@ def environment() -> dict[str, str | int | bool]:
     """When, with which sources and versions and on which machine: the columns that every row carries."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git_commit": _git("rev-parse", "HEAD") or "none",
-        "dirty": bool(_git("status", "--porcelain")),
-        "cpu": _cpu_model(),
+        "git_commit": (git("rev-parse", "HEAD") or "none").strip(),
+        "dirty": bool(git("status", "--porcelain")),
+        "cpu": cpu_model(),
         "num_cores": os.cpu_count() or 0,
         "num_threads": torch.get_num_threads(),
         "allocator": _allocator_settings(),
@@ -123,16 +122,16 @@ def environment() -> dict[str, str | int | bool]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": package_version("triton") or "none",
+        "transformers": package_version("transformers") or "none",
     }
 
 
-def write_csv(path: Path, rows: list[Row], shared: Mapping[str, object]) -> None:
-    """Replace the file by `rows`, each followed by the `shared` columns, those of `environment`."""
+def write_csv(path: Path, rows: Sequence[Any], shared: Mapping[str, object]) -> None:
+    """Replace the file by `rows`, dataclasses of one kind, each followed by the `shared` columns (`environment`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        columns = [field.name for field in fields(Row)]
+        columns = [field.name for field in fields(rows[0])]
         writer = csv.DictWriter(file, fieldnames=[*columns, *shared], lineterminator="\n")
         writer.writeheader()
         for row in rows:
@@ -143,29 +142,8 @@ def _cell(entry):
     return f"{entry:.6g}" if isinstance(entry, float) else entry
 
 
-def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
 def _allocator_settings() -> str:
     """Changes to malloc: whether it keeps freed memory decides how often a call pays for fresh pages."""
     names = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_")
     chosen = {name: text for name, text in os.environ.items() if name.startswith(names)}
     return " ".join(f"{name}={text}" for name, text in sorted(chosen.items())) or "default"
-
-
-def _cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    models = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()

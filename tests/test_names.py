@@ -17,7 +17,7 @@ ARROWS = {
     "training": set(),
     "models": {"kernels"},
     "tasks": {"models", "data"},
-    "benchmarks": {"kernels", "models"},
+    "benchmarks": {"kernels", "models", "training"},  # training.environment: what a machine is called
     "reports": {"configs", "tasks", "models", "data", "kernels", "training"},
     "configs": set(),  # what a config names is imported when it is built
 }

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "hydra-core", "omegaconf", "safetensors", "transformers", "datasets",
             "tokenizers", "wandb", "tensorboard")  # fmt: skip
@@ -18,32 +16,34 @@ MAX_DIFF_BYTES = 1_000_000
 
 def describe_environment() -> tuple[dict[str, Any], str]:
     """(JSON content of env.json, diff of the sources against the last commit, "" where there is none)."""
-    git, diff = _describe_git()
+    import torch  # not above: who only reads a run folder does not wait for it
+
+    sources, diff = _describe_sources()
     environment = {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
-        "git": git,
+        "git": sources,
         "machine": {
             "platform": platform.platform(),
-            "cpu": _cpu_model(),
+            "cpu": cpu_model(),
             "num_cores": os.cpu_count(),
             "num_usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
             "memory_bytes": _memory_bytes(),
-            "gpus": _gpus(),
+            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         },
         "command": sys.argv,
     }
     return environment, diff
 
 
-def _describe_git() -> tuple[dict[str, Any] | None, str]:
+def _describe_sources() -> tuple[dict[str, Any] | None, str]:
     """(commit and what differs from it, the diff cut at 1 MB); (None, "") outside a repository."""
-    commit = _git("rev-parse", "HEAD")
+    commit = git("rev-parse", "HEAD")
     if commit is None:
         return None, ""
-    changed = (_git("status", "--porcelain") or "").splitlines()
-    diff = (_git("diff", "HEAD") or "") if changed else ""
+    changed = (git("status", "--porcelain") or "").splitlines()
+    diff = (git("diff", "HEAD") or "") if changed else ""
     size = len(diff.encode())
     if size > MAX_DIFF_BYTES:
         kept = diff.encode()[:MAX_DIFF_BYTES].decode(errors="ignore")
@@ -51,7 +51,8 @@ def _describe_git() -> tuple[dict[str, Any] | None, str]:
     return {"commit": commit.strip(), "dirty": bool(changed), "changed_files": changed[:100]}, diff
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """What git prints about the repository of these sources, None where it fails or there is none."""
     command = ["git", "-C", str(ROOT), *arguments]
     try:
         result = subprocess.run(command, capture_output=True, timeout=20, check=True)
@@ -60,14 +61,16 @@ def _git(*arguments: str) -> str | None:
     return result.stdout.decode(errors="replace")
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Version of an installed package, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name of the processor, as far as the system tells."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -82,9 +85,3 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
-
-
-def _gpus() -> list[str]:
-    if not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

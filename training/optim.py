@@ -5,25 +5,27 @@ cannot undo, and a few of them per layer bring no overfitting to hold back; the 
 gradient only when their symbol occurs, so decay would shrink rare rows for no other reason than being rare.
 
 Muon (K. Jordan et al. 2024) orthogonalises the momentum of a hidden matrix, for which singular values mean
-something; embeddings, output heads, norms and biases stay with AdamW. `adjust_lr="match_rms_adamw"` ("Muon is
-Scalable for LLM Training", section 2.2) scales an update to the size of AdamW's, so that one learning rate
-serves both.
+something; embeddings, output heads, norms and biases stay with AdamW. Its updates are scaled to the size of AdamW's
+("Muon is Scalable for LLM Training", section 2.2; torch calls it match_rms_adamw), so that one learning rate serves
+both.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 HEAD_NAMES = frozenset({"head", "lm_head", "classifier"})
-FUSED_PARTS: Mapping[str, int] = {"qkv": 3, "kv": 2}
+# a weight whose name has one of these components is that number of matrices stacked by rows
+FUSED_PARTS = {"qkv": 3, "kv": 2}
+MUON_MOMENTUM = 0.95
 
 
-def parameter_roles(model: nn.Module, head_names: Iterable[str] = HEAD_NAMES) -> dict[str, str]:
+def parameter_roles(model: nn.Module) -> dict[str, str]:
     """Role of each trainable parameter by name: "embedding", "head", "matrix" or "vector"; tied ones once.
 
-    "embedding": owned by nn.Embedding, also where a head shares it. "head": a weight with one of `head_names`
+    "embedding": owned by nn.Embedding, also where a head shares it. "head": a weight with one of HEAD_NAMES
     as a component of its dotted name. "matrix": any other weight of two or more dimensions whose name ends in
     "weight". "vector": all that is left, so biases that happen to be stored as [H, D] count as vectors.
     """
@@ -33,7 +35,6 @@ def parameter_roles(model: nn.Module, head_names: Iterable[str] = HEAD_NAMES) ->
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
-    heads = set(head_names)
     roles = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -43,7 +44,7 @@ def parameter_roles(model: nn.Module, head_names: Iterable[str] = HEAD_NAMES) ->
         elif parameter.ndim < 2 or not name.endswith("weight"):
             roles[name] = "vector"
         else:
-            roles[name] = "head" if heads & set(name.split(".")) else "matrix"
+            roles[name] = "head" if HEAD_NAMES & set(name.split(".")) else "matrix"
     return roles
 
 
@@ -143,29 +144,22 @@ def build_optimizer(
     *,
     name: str,
     lr: float,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
-    muon_lr_ratio: float = 1.0,
-    muon_momentum: float = 0.95,
-    adjust_lr: str = "match_rms_adamw",
-    head_names: Iterable[str] = HEAD_NAMES,
-    fused_parts: Mapping[str, int] = FUSED_PARTS,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    muon_lr_ratio: float,
 ) -> Optimizers:
     """The optimizer of `model`, which must already be on its device.
 
-    name: "adamw" (torch's fused kernel) or "muon" (hidden matrices by Muon, the rest by AdamW). Muon's
-    learning rate is `muon_lr_ratio * lr`, then scaled by shape as `adjust_lr` says: "match_rms_adamw" (ratio
-    1 suits) or "original" (a ratio of 10 to 50 suits). `fused_parts`: a weight whose name has a component
-    equal to a key is that number of matrices stacked by rows (a fused query, key, value projection [3 * dim,
-    dim]); Muon orthogonalises each on its own, because stacked they would share one set of singular
-    directions.
+    name: "adamw" (torch's fused kernel) or "muon" (hidden matrices by Muon, the rest by AdamW). `betas` and `eps` are
+    AdamW's. Muon's learning rate is `muon_lr_ratio * lr`, then scaled by shape. Muon orthogonalises each part of a
+    fused projection (FUSED_PARTS) on its own: stacked they would share one set of singular directions.
 
     Raises ValueError for an unknown name, and for Muon on a model without hidden matrices.
     """
     if name not in ("adamw", "muon"):
         raise ValueError(f"optimizer must be adamw or muon, got {name!r}")
-    roles = parameter_roles(model, head_names)
+    roles = parameter_roles(model)
     trainable = {key: value for key, value in model.named_parameters() if key in roles}
     by_muon = {
         key: value for key, value in trainable.items() if name == "muon" and roles[key] == "matrix" and value.ndim == 2
@@ -183,26 +177,26 @@ def build_optimizer(
         return Optimizers(members)
     if not by_muon:
         raise ValueError("optimizer muon needs a model with hidden weight matrices, this one has none")
-    parts, fused = _split_fused(by_muon, fused_parts)
+    parts, fused = _split_fused(by_muon)
     muon = torch.optim.Muon(
         list(parts.values()),
         lr=lr * muon_lr_ratio,
         weight_decay=weight_decay,
-        momentum=muon_momentum,
-        adjust_lr_fn=adjust_lr,
+        momentum=MUON_MOMENTUM,
+        adjust_lr_fn="match_rms_adamw",
     )
     members["muon"] = (muon, parts, muon_lr_ratio)
     return Optimizers(members, fused)
 
 
 def _split_fused(
-    matrices: Mapping[str, nn.Parameter], fused_parts: Mapping[str, int]
+    matrices: Mapping[str, nn.Parameter],
 ) -> tuple[dict[str, nn.Parameter], list[tuple[nn.Parameter, list[nn.Parameter]]]]:
     """Replace fused projections by views of their row blocks, named "<name>[0]" and so on."""
     parts: dict[str, nn.Parameter] = {}
     fused = []
     for name, whole in matrices.items():
-        num_parts = next((fused_parts[word] for word in name.split(".") if word in fused_parts), 1)
+        num_parts = next((FUSED_PARTS[word] for word in name.split(".") if word in FUSED_PARTS), 1)
         if num_parts == 1 or whole.shape[0] % num_parts:
             parts[name] = whole
             continue

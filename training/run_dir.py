@@ -1,12 +1,11 @@
 """The run folder: made exclusively, locked by one process, every file in it whole or absent."""
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import secrets
-import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any
 
 from training.environment import describe_environment
 from training.errors import RunDirError
-from training.files import point_link, to_json, write_json, write_text
+from training.files import point_link, sync, temporary_beside, to_json, write_json, write_text
+from training.run_lock import hold, settled
 
-LOCK = "run.lock"
+log = logging.getLogger(__name__)
 
 
 def create_run_dir(root: str | Path, name: str) -> Path:
@@ -47,10 +47,11 @@ class RunDir:
     def __init__(self, path: str | Path):
         self.path = Path(path).absolute()
         self._metrics = None
+        self._status_failed = False
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunDirError(f"the run folder {self.path} cannot be made: {error}") from error
+            raise RunDirError(f"the run folder {self.path} cannot be made: {error}. Choose another run_dir.") from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace the file `name` (folders in it are made) by `value` as strict JSON, in one step."""
@@ -59,42 +60,81 @@ class RunDir:
         write_json(path, value)
 
     def status(self, status: str, **fields: Any) -> None:
-        """Replace status.json: the status (running, finished, preempted, failed ...), time and `fields`."""
+        """Replace status.json: the status (running, finished, preempted, failed ...), time and `fields`.
+
+        A disk without room for it stops nothing: one warning tells of it.
+        """
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self.write_json("status.json", {"status": status, "time": stamp, **fields})
+        content = {"status": status, "time": stamp, **fields}
+        try:
+            self.write_json("status.json", content)
+        except OSError as error:
+            try:
+                # no room for a second file: the bytes of the old one are there to be used
+                _overwrite(self.path / "status.json", to_json(content, indent=2) + "\n")
+            except OSError:
+                if not self._status_failed:
+                    log.warning("status.json cannot be written, status is %s: %s", status, error_line(error))
+                self._status_failed = True
 
     def read_status(self) -> dict[str, Any]:
-        """The content of status.json, {} where there is none."""
+        """The content of status.json, {} where there is none or, after a warning, none that can be read.
+
+        The status of a run that says "running" though no process holds its folder is "interrupted".
+        """
+        path = self.path / "status.json"
         try:
-            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+            status = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(status, dict):
+                raise ValueError("it holds no JSON object")
         except FileNotFoundError:
             return {}
+        except (OSError, ValueError) as error:
+            log.warning("%s cannot be read and counts as missing: %s", path, error)
+            return {}
+        return settled(self.path, status)
 
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl and hand it to the operating system."""
+        """Append one line to metrics.jsonl and hand it to the operating system; no part of a line is left behind."""
         if self._metrics is None:
-            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._metrics.write(to_json(metrics) + "\n")
-        self._metrics.flush()
+            self._metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+        line = memoryview((to_json(metrics) + "\n").encode())
+        end = self._metrics.seek(0, os.SEEK_END)
+        try:
+            while line:  # a disk that is nearly full takes a part of it
+                line = line[self._metrics.write(line) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._metrics.truncate(end)
+            raise
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl with a step above `step`, and a last line cut by a crash.
+        """Cut metrics.jsonl back to the checkpoint of `step`, in one step; lines that a crash has cut go too.
 
-        The final test follows the last checkpoint, so a line of its numbers goes too.
+        A checkpoint is written before the evaluation of its step, which a resumed run therefore repeats: the line of
+        that goes as well.
         """
         self.close()
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-                if entry["step"] <= step and not any(name.startswith("test/") for name in entry):
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-        write_text(path, "".join(kept))
+        temporary, num_broken = temporary_beside(path), 0
+        try:
+            with open(path, "rb") as old, open(temporary, "wb") as new:
+                for line in old:
+                    kept = _is_kept(line, step)
+                    # the last line may lack its end, that is how a killed process leaves it
+                    num_broken += kept is None and line.endswith(b"\n")
+                    if kept:
+                        new.write(line)
+            sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(self.path)
+        if num_broken:
+            log.warning("%s: %d line(s) were no JSON with a step and are dropped", path, num_broken)
 
     def write_env(self) -> None:
         """Write env.json (versions, machine, git, command line) and, for changed sources, dirty.diff."""
@@ -108,7 +148,12 @@ class RunDir:
         """Append what is logged from INFO on to train.log; warnings go on to stderr as well."""
         root = logging.getLogger()
         level, before = root.level, list(root.handlers)
-        file = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        try:
+            file = _LogFile(self.path / "train.log")
+        except OSError as error:
+            raise RunDirError(
+                f"the run folder {self.path} cannot be written: {error}. Choose another run_dir."
+            ) from error
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers: list[logging.Handler] = [file]
         if not before and logging.lastResort is not None:
@@ -122,7 +167,8 @@ class RunDir:
             root.setLevel(level)
             for handler in handlers:
                 root.removeHandler(handler)
-            file.close()
+            with contextlib.suppress(OSError):  # it was said when the first line did not fit
+                file.close()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -130,22 +176,11 @@ class RunDir:
 
         Raises RunDirError naming the holder's pid and host.
         """
-        own = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time(os.getpid())}
-        with self._lock_file() as file:
-            holder = _parse(file.read())
-            if holder and _is_alive(holder, own["host"]):
-                raise RunDirError(
-                    f"the run folder {self.path} is in use by process {holder['pid']} on host "
-                    f"{holder['host']}. Wait for it, or, if that process is gone, delete {self.path / LOCK}."
-                )
-            _overwrite(file, json.dumps(own))
-        try:
-            yield
-        finally:
-            self.close()
-            with self._lock_file() as file:
-                if _parse(file.read()) == own:
-                    _overwrite(file, "")
+        with hold(self.path):
+            try:
+                yield
+            finally:
+                self.close()
 
     def close(self) -> None:
         """Close metrics.jsonl; the next `log_metrics` opens it again."""
@@ -153,56 +188,47 @@ class RunDir:
             self._metrics.close()
             self._metrics = None
 
-    @contextlib.contextmanager
-    def _lock_file(self) -> Iterator[Any]:
-        # the kernel's lock only guards the moment of reading and rewriting: held for the whole run it would
-        # pass to forked data workers and outlive a killed trainer
-        try:
-            file = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise RunDirError(f"the run folder {self.path} cannot be written: {error}") from error
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            yield file
+
+class _LogFile(logging.FileHandler):
+    """A log that is left alone, after one warning, when its file cannot be written any more."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, encoding="utf-8")
+        self._is_off = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._is_off:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._is_off = True
+        log.warning("%s is off for this run: %s", Path(self.baseFilename).name, error_line(error))
 
 
-def _overwrite(file: Any, text: str) -> None:
-    file.truncate(0)
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
+def error_line(error: BaseException) -> str:
+    """Type and message of an error on one line of at most about 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _parse(text: str) -> dict[str, Any] | None:
+def _is_kept(line: bytes, step: int) -> bool | None:
+    """Whether a line of metrics.jsonl comes before the evaluation of `step`; None where it cannot be read."""
     try:
-        holder = json.loads(text)
-        return holder if isinstance(holder["pid"], int) and isinstance(holder["host"], str) else None
+        entry = json.loads(line)
+        if entry["step"] == step and line.endswith(b"\n"):
+            return not any(name.startswith(("valid/", "test/")) for name in entry)
+        return bool(entry["step"] < step) and line.endswith(b"\n")
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _is_alive(holder: Mapping[str, Any], host: str) -> bool:
-    """Whether the holder may still run; on another host that cannot be known, so it counts as alive."""
-    if holder["host"] != host:
-        return True
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    # the number may have been given to another process since
-    started = _start_time(holder["pid"])
-    return started is None or holder.get("started") is None or started == holder["started"]
-
-
-def _start_time(pid: int) -> str | None:
-    """Start of a process as the kernel counts it, with the boot it belongs to; None where /proc is absent."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # the second field is the command in brackets and may hold spaces; the start is the 22nd
-        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
-    return f"{boot}:{ticks}"
+def _overwrite(path: Path, text: str) -> None:
+    """Put `text` in the place of what an existing file holds."""
+    with open(path, "r+b") as file:
+        file.write(text.encode())
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())

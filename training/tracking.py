@@ -3,17 +3,21 @@
 No tracker may stop a run: what fails is switched off with one warning.
 """
 
+import contextlib
+import errno
 import importlib
 import logging
 import os
 import re
 import secrets
+import shutil
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from training.files import json_ready, write_text
-from training.run_dir import RunDir
+from training.run_dir import RunDir, error_line
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +28,8 @@ SECRET_KEY = re.compile(
     re.IGNORECASE,
 )
 URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
-FINITE = (int, float)
+MIN_FREE_BYTES = 2**16  # W&B writes blocks of half that
+FINISH_TIMEOUT = 120.0  # seconds for sending what is left when a run ends; `wandb sync` can send it later
 
 
 def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,11 +48,11 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
 class Tracker:
     """Sends metrics, pictures and texts to every sink that works. Make one per run, in the main process.
 
-    wandb: None, or options `mode` ("offline" by default, "online", "disabled"), `project`, `entity`, `group`,
-    `tags`, `init_timeout` (seconds). Offline needs no account and prints nothing; its files stay in
-    `run_dir/wandb`, and `wandb sync` sends them later. `run_dir/wandb_id.txt` holds the run's id, so that a
-    resumed run continues it. tensorboard: write event files to `run_dir/tensorboard`. `resume_step`: the step
-    a resumed run starts from; TensorBoard then hides what an interrupted run wrote after it.
+    wandb: None, or all of `mode` ("offline", "online", "disabled"), `project`, `entity`, `group`, `tags` and
+    `init_timeout`, the seconds until an unreachable server means offline. Offline needs no account and prints nothing;
+    its files stay in `run_dir/wandb`, and `wandb sync` sends them later. `run_dir/wandb_id.txt` holds the run's id, so
+    that a resumed run continues it. tensorboard: write event files to `run_dir/tensorboard`. `resume_step`: the step a
+    resumed run starts from; TensorBoard then hides what an interrupted run wrote after it.
     """
 
     def __init__(
@@ -60,19 +65,16 @@ class Tracker:
         name: str,
         resume_step: int | None = None,
     ):
-        self._run_dir = RunDir(run_dir)
-        self._file = self._run_dir
-        self._wandb: _Wandb | None = None
-        self._board: _TensorBoard | None = None
-        path = self._run_dir.path
-        if wandb is not None and wandb.get("mode", "offline") != "disabled":
-            self._guard("_wandb", lambda _: setattr(self, "_wandb", _Wandb(path, wandb, config, name)), start=True)
+        path = Path(run_dir)
+        self._sinks: dict[str, _Sink] = {}
+        self._open("metrics.jsonl", lambda: _File(path))
+        if wandb is not None and wandb["mode"] != "disabled":
+            self._open("Weights & Biases", lambda: _Wandb(path, wandb, config, name))
         if tensorboard:
-            self._guard("_board", lambda _: setattr(self, "_board", _TensorBoard(path, resume_step)), start=True)
+            self._open("TensorBoard", lambda: _TensorBoard(path, resume_step))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Record numbers at `step`; names are grouped by a slash ("train/loss")."""
-        self._guard("_file", lambda sink: sink.log_metrics({"step": step, **metrics}))
         self._each(lambda sink: sink.log(metrics, step))
 
     def image(self, name: str, path: Path, step: int) -> None:
@@ -83,33 +85,80 @@ class Tracker:
         """Show a text, such as a generated sample."""
         self._each(lambda sink: sink.text(name, text, step))
 
+    def rewind(self, step: int) -> None:
+        """The run goes on from the checkpoint of `step`: metrics.jsonl loses, TensorBoard hides what came after it.
+
+        Weights & Biases takes nothing back: there the repeated steps stand twice.
+        """
+        self._each(lambda sink: sink.rewind(step))
+
     def finish(self) -> None:
         """Flush and close every sink; nothing may be logged afterwards. A second call does nothing."""
         self._each(lambda sink: sink.finish())
-        self._wandb = self._board = None
-        self._run_dir.close()
+        self._sinks.clear()
 
-    def _each(self, action: Callable[[Any], None]) -> None:
-        self._guard("_wandb", action)
-        self._guard("_board", action)
-
-    def _guard(self, attribute: str, action: Callable[[Any], None], start: bool = False) -> None:
-        """Run `action` on a sink; at its first failure warn and drop the sink."""
-        sink = getattr(self, attribute)
-        if sink is None and not start:
-            return
+    def _open(self, name: str, make: Callable[[], "_Sink"]) -> None:
         try:
-            action(sink)
+            self._sinks[name] = make()
         except Exception as error:  # a sink is somebody else's code: no failure in it may stop training
-            title = {"_wandb": "Weights & Biases", "_board": "TensorBoard", "_file": "metrics.jsonl"}[attribute]
-            reason = " ".join(str(error).split())[:300]
-            log.warning("%s is off for this run: %s: %s", title, type(error).__name__, reason)
-            setattr(self, attribute, None)
+            _warn_off(name, error)
+
+    def _each(self, action: Callable[["_Sink"], None]) -> None:
+        """Run `action` on every sink; one that fails is dropped with a warning."""
+        for name, sink in list(self._sinks.items()):
+            try:
+                action(sink)
+            except Exception as error:  # as above
+                del self._sinks[name]
+                _warn_off(name, error)
+                with contextlib.suppress(Exception):
+                    sink.abandon()
 
 
-class _Wandb:
+def _warn_off(name: str, error: Exception) -> None:
+    log.warning("%s is off for this run: %s", name, error_line(error))
+
+
+class _Sink:
+    """What the tracker asks of a place that metrics go to; a sink that cannot do one of these things leaves it."""
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Record numbers."""
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        """Show a picture file."""
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Show a text."""
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after the checkpoint of `step`."""
+
+    def finish(self) -> None:
+        """Flush and close."""
+
+    def abandon(self) -> None:
+        """Let go of what can still be let go of after a failure."""
+        self.finish()
+
+
+class _File(_Sink):
+    def __init__(self, run_dir: Path):
+        self._folder = RunDir(run_dir)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        self._folder.log_metrics({"step": step, **metrics})
+
+    def rewind(self, step: int) -> None:
+        self._folder.truncate_metrics(step)
+
+    def finish(self) -> None:
+        self._folder.close()
+
+
+class _Wandb(_Sink):
     def __init__(self, run_dir: Path, options: Mapping[str, Any], config: Mapping[str, Any], name: str):
-        mode = options.get("mode", "offline")
+        mode, self._folder = options["mode"], run_dir
         self._environment = self._redirect(run_dir, mode)
         try:
             self._module = importlib.import_module("wandb")
@@ -118,7 +167,7 @@ class _Wandb:
             except self._module.errors.Error as error:
                 if mode == "offline":
                     raise
-                log.warning("Weights & Biases goes on offline: %s", " ".join(str(error).split())[:300])
+                log.warning("Weights & Biases goes on offline: %s", error_line(error))
                 self._module.teardown()  # its service still holds the run's id
                 self._run = self._start(run_dir, "offline", options, config, name)
             self._run.define_metric("step")
@@ -133,17 +182,18 @@ class _Wandb:
             mode=mode,
             id=self._run_id(run_dir),
             resume="allow",
-            project=options.get("project") or "longspan",
-            entity=options.get("entity"),
-            group=options.get("group"),
-            tags=list(options.get("tags") or []),
+            project=options["project"],
+            entity=options["entity"],
+            group=options["group"],
+            tags=list(options["tags"]),
             name=name,
             config=flatten_config(config),
             settings=self._module.Settings(
                 silent=True,
                 console="off",
-                # W&B needs about twice this to give up
-                init_timeout=float(options.get("init_timeout") or 7),
+                init_timeout=float(options["init_timeout"]),
+                finish_timeout=FINISH_TIMEOUT,
+                finish_timeout_raises=True,
                 disable_git=True,  # env.json has the commit and the diff
                 disable_code=True,
                 disable_job_creation=True,
@@ -151,6 +201,8 @@ class _Wandb:
         )
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        if shutil.disk_usage(self._folder).free < MIN_FREE_BYTES:  # its service would lose the numbers and not say so
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         # the step travels as a metric: W&B's own counter would refuse what a resumed run repeats
         self._run.log({"step": step, **metrics})
 
@@ -165,6 +217,12 @@ class _Wandb:
         try:
             self._run.finish()
             self._module.teardown()  # ends its service process
+        finally:
+            self._restore_environment()
+
+    def abandon(self) -> None:
+        try:
+            self._module.teardown()  # not the run's own end, which waits for a service that may be gone
         finally:
             self._restore_environment()
 
@@ -200,15 +258,34 @@ class _Wandb:
                 os.environ[key] = value
 
 
-class _TensorBoard:
+class _TensorBoard(_Sink):
     def __init__(self, run_dir: Path, resume_step: int | None):
+        self._folder = run_dir / "tensorboard"
+        self._hook = threading.excepthook
+        self._start(resume_step)
+
+    def _start(self, after: int | None) -> None:
+        """Write a new file of events, beside which those of former files above step `after` are hidden."""
         board = importlib.import_module("torch.utils.tensorboard")
-        purge_step = None if resume_step is None else resume_step + 1
-        self._writer = board.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+        others = set(threading.enumerate())
+        purge_step = None if after is None else after + 1
+        self._writer = board.SummaryWriter(str(self._folder), purge_step=purge_step)
+        self._workers = workers = set(threading.enumerate()) - others
+
+        # the writer's thread hands an error to the next call, and Python would print it besides
+        def hook(failure: Any) -> None:
+            if failure.thread not in workers:
+                self._hook(failure)
+
+        threading.excepthook = hook
+
+    def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._start(step)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         for name, value in metrics.items():
-            if isinstance(value, FINITE) and not isinstance(value, bool):
+            if isinstance(value, int | float) and not isinstance(value, bool):
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
@@ -223,7 +300,12 @@ class _TensorBoard:
         self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
 
     def finish(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            for worker in self._workers:
+                worker.join(1.0)  # one that fails does so before the hook goes
+            threading.excepthook = self._hook
 
 
 def _redact_urls(value: Any) -> Any:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.optim import build_optimizer, parameter_roles
+from training import optim
+from training.optim import parameter_roles
 
 
 class Toy(nn.Module):
@@ -41,6 +42,12 @@ def conditioned(rows: int, columns: int, seed: int) -> torch.Tensor:
     noise = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     left, _, right = torch.linalg.svd(noise, full_matrices=False)
     return left @ torch.diag(torch.linspace(1, 4, left.shape[1])) @ right
+
+
+def build_optimizer(model: nn.Module, **options):
+    """The optimizer of `model`; what a test is not about is as in the configuration."""
+    usual = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "muon_lr_ratio": 1.0}
+    return optim.build_optimizer(model, **{**usual, **options})
 
 
 def muon_options() -> dict:

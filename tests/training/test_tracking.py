@@ -1,10 +1,10 @@
 """Trackers: silent, inside the run folder, resumable, and unable to stop a run."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,16 +12,20 @@ from PIL import Image
 
 import training
 from training import tracking
+from training.run_dir import RunDir
 from training.tracking import Tracker, flatten_config
 
+OPTIONS = {"mode": "offline", "project": "p", "entity": None, "group": "g", "tags": ["a", "b"], "init_timeout": 2}
+
 SESSION = """
+import json
 import sys
+import threading
 from pathlib import Path
 from training.tracking import Tracker
-run_dir = Path(sys.argv[1])
+run_dir, OPTIONS = Path(sys.argv[1]), json.loads(sys.argv[2])
 for step in range(2):
-    options = {"mode": "offline", "project": "p", "group": "g", "tags": ["a", "b"]}
-    tracker = Tracker(run_dir, wandb=options, tensorboard=False, config={"seed": 1}, name="n")
+    tracker = Tracker(run_dir, wandb=OPTIONS, tensorboard=False, config={"seed": 1}, name="n")
     tracker.log({"train/loss": 1.0, "train/bad": float("nan")}, step)
     tracker.image("pattern", run_dir / "picture.png", step)
     tracker.text("sample", "some text", step)
@@ -45,7 +49,7 @@ def test_offline_is_silent_stays_inside_and_keeps_its_id(tmp_path):
     picture(run_dir)
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "XDG"))}
     result = subprocess.run(
-        [sys.executable, "-c", SESSION, str(run_dir)],
+        [sys.executable, "-c", SESSION, str(run_dir), json.dumps(OPTIONS)],
         cwd=Path(training.__file__).parent.parent,
         env={**kept, "HOME": str(home)},
         capture_output=True,
@@ -72,7 +76,7 @@ def test_metrics_go_to_the_file_alone_when_nothing_else_is_asked(tmp_path):
 
 
 def test_disabled_wandb_leaves_no_trace(tmp_path):
-    Tracker(tmp_path, wandb={"mode": "disabled"}, tensorboard=False, config={}, name="n").finish()
+    Tracker(tmp_path, wandb={**OPTIONS, "mode": "disabled"}, tensorboard=False, config={}, name="n").finish()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,47 +96,82 @@ def test_tensorboard_shows_numbers_pictures_and_texts(tmp_path):
     assert events.Scalars("train/loss")[0].value == 0.5
 
 
-class Failing:
+class Failing(tracking._Sink):
     """A sink that breaks at every call."""
 
     calls = 0
 
-    def __getattr__(self, name):
-        def fail(*_):
-            Failing.calls += 1
-            raise RuntimeError(f"{name} broke\nbadly")
+    def fail(self, *_):
+        self.calls += 1
+        raise RuntimeError("it broke\nbadly")
 
-        return fail
+    log = text = image = rewind = finish = fail
 
 
-@pytest.mark.parametrize(("attribute", "title"), [("_wandb", "Weights & Biases"), ("_board", "TensorBoard")])
-def test_a_sink_that_fails_is_dropped_with_one_warning(tmp_path, caplog, attribute, title):
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("call", ["log", "text", "image", "rewind", "finish"])
+def test_a_sink_that_fails_is_dropped_with_one_warning(tmp_path, caplog, call):
     tracker = Tracker(tmp_path, wandb=None, tensorboard=False, config={}, name="n")
-    setattr(tracker, attribute, Failing())
-    Failing.calls = 0
-    for step in range(3):
-        tracker.log({"a": 1}, step)
+    failing = Failing()
+    tracker.log({"a": 1}, 0)
+    tracker._sinks["Some service"] = failing
+    arguments = {"log": ({"a": 1}, 0), "text": ("a", "b", 0), "image": ("a", tmp_path, 0), "rewind": (0,)}
+    for _ in range(2):
+        getattr(tracker, call)(*arguments.get(call, ()))
+    tracker.log({"a": 1}, 1)
     tracker.finish()
+    assert metrics(tmp_path)[-1] == {"step": 0 if call == "finish" else 1, "a": 1}
     assert [record.getMessage() for record in caplog.records] == [
-        f"{title} is off for this run: RuntimeError: log broke badly"
+        "Some service is off for this run: RuntimeError: it broke badly"
     ]
-    assert Failing.calls == 1
-    assert len(metrics(tmp_path)) == 3
+    assert failing.calls == 2  # the call, and letting go
 
 
+@pytest.mark.fault(4)
 def test_a_full_disk_stops_the_file_with_one_warning(tmp_path, caplog, monkeypatch):
     tracker = Tracker(tmp_path, wandb=None, tensorboard=False, config={}, name="n")
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tracker._run_dir, "log_metrics", fail)
+    monkeypatch.setattr(RunDir, "log_metrics", fail)
     tracker.log({"a": 1}, 0)
     tracker.log({"a": 1}, 1)
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "metrics.jsonl is off for this run: OSError: [Errno 28] No space left" in caplog.text
+    tracker.finish()
+    assert [record.getMessage() for record in caplog.records] == [
+        "metrics.jsonl is off for this run: OSError: [Errno 28] No space left on device"
+    ]
 
 
+def scalars(run_dir: Path, name: str) -> list[tuple[int, float]]:
+    """What the TensorBoard page shows of a number."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+@pytest.mark.parametrize("way", ["resume", "rewind"])
+def test_steps_after_the_checkpoint_are_hidden_when_they_come_again(tmp_path, way):
+    hook = threading.excepthook
+    tracker = Tracker(tmp_path, wandb=None, tensorboard=True, config={}, name="n")
+    for step in range(1, 6):
+        tracker.log({"train/loss": 1.0}, step)
+    if way == "rewind":
+        tracker.rewind(3)
+    else:
+        tracker.finish()
+        RunDir(tmp_path).truncate_metrics(3)
+        tracker = Tracker(tmp_path, wandb=None, tensorboard=True, config={}, name="n", resume_step=3)
+    tracker.log({"train/loss": 2.0}, 4)
+    tracker.finish()
+    expected = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+    assert scalars(tmp_path, "train/loss") == expected
+    assert [(line["step"], line["train/loss"]) for line in metrics(tmp_path)] == expected
+    assert threading.excepthook is hook
+
+
+@pytest.mark.fault(18)
 @pytest.mark.parametrize(
     ("module", "title"), [("wandb", "Weights & Biases"), ("torch.utils.tensorboard", "TensorBoard")]
 )
@@ -146,7 +185,7 @@ def test_a_missing_package_is_one_warning(tmp_path, caplog, monkeypatch, module,
 
     monkeypatch.setattr(tracking.importlib, "import_module", fail)
     before = dict(os.environ)
-    options = {"mode": "offline"} if module == "wandb" else None
+    options = OPTIONS if module == "wandb" else None
     tracker = Tracker(tmp_path, wandb=options, tensorboard=module != "wandb", config={}, name="n")
     tracker.log({"a": 1}, 0)
     tracker.finish()
@@ -178,19 +217,24 @@ class FakeWandb:
     def finish(self): ...
 
 
+@pytest.mark.fault(18)
 def test_an_unreachable_server_means_offline(tmp_path, caplog, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setattr(tracking.importlib, "import_module", lambda _: fake)
     before = dict(os.environ)
-    options = {"mode": "online", "init_timeout": 3, "tags": None}
+    options = {**OPTIONS, "mode": "online", "init_timeout": 3}
     tracker = Tracker(tmp_path, wandb=options, tensorboard=False, config={"a": {"b": 1}}, name="n")
     tracker.log({"a": 1}, 0)
     tracker.finish()
     assert fake.modes == ["online", "offline"]
-    assert fake.options["settings"]["init_timeout"] == 3.0
+    settings = fake.options["settings"]
+    assert settings["init_timeout"] == 3.0
+    assert settings["finish_timeout"] == tracking.FINISH_TIMEOUT and settings["finish_timeout_raises"]
     assert fake.options["config"] == {"a.b": 1}
     assert fake.torn_down == 2
-    assert [record.getMessage() for record in caplog.records] == ["Weights & Biases goes on offline: no route to host"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Weights & Biases goes on offline: ConnectionError: no route to host"
+    ]
     assert dict(os.environ) == before
 
 
@@ -199,7 +243,7 @@ def test_the_id_of_a_former_start_is_used_again(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking.importlib, "import_module", lambda _: fake)
     ids = []
     for _ in range(2):
-        Tracker(tmp_path, wandb={}, tensorboard=False, config={}, name="n").finish()
+        Tracker(tmp_path, wandb=OPTIONS, tensorboard=False, config={}, name="n").finish()
         ids.append(fake.options["id"])
     assert ids == [(tmp_path / "wandb_id.txt").read_text().strip()] * 2
 
