@@ -11,12 +11,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.messages import describe, nearest, plain, unknown_key
-from configs.schema import ConfigError, EvaluateConfig, PhaseConfig, RunConfig, target_class
+from configs.saved import refuse_code, refuse_secrets, walk
+from configs.schema import ConfigError, EvaluateConfig, PhaseConfig, PredictConfig, RunConfig, target_class
 
+PROTOCOLS = ("auto", "streaming", "windowed", "uncut")
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "fp32", "bf16"),
     "optim.name": ("adamw", "muon"),
+    "eval.protocol": PROTOCOLS,
+    "protocol": PROTOCOLS,
+    "train.nonfinite": ("stop", "skip", "rewind"),
     "tracker.wandb.mode": ("offline", "online", "disabled"),
 }
 # key: (least, most); None = no limit on that side
@@ -33,6 +38,8 @@ RANGES = {
     "train.eval_every": (1, None),
     "train.checkpoint_every": (1, None),
     "train.keep_checkpoints": (2, None),
+    "train.max_failed_saves": (1, None),
+    "train.nonfinite_limit": (1, None),
     "eval.context": (2, None),
     "eval.stride": (1, None),
     "eval.batch_tokens": (1, None),
@@ -54,6 +61,13 @@ EVALUATION_RANGES = {
     "context": (2, None),
     "stride": (1, None),
     "batch_tokens": (1, None),
+}
+PREDICTION_RANGES = {
+    "num_threads": (1, None),
+    "length": (1, None),
+    "temperature": (0, None),
+    "top_k": (1, None),
+    "seed": (0, 2**31 - 1),
 }
 
 
@@ -79,15 +93,49 @@ def check_evaluation(cfg: DictConfig) -> DictConfig:
     """The same for the configuration of `eval.py`."""
     cfg = closed(cfg, EvaluateConfig)
     _check_values(cfg, EVALUATION_RANGES)
+    _check_source(cfg)
     if cfg.share is not None:
         check_share("share", cfg.share)
     return cfg
 
 
+def check_prediction(cfg: DictConfig) -> DictConfig:
+    """The same for the configuration of `predict.py`."""
+    cfg = closed(cfg, PredictConfig)
+    _check_values(cfg, PREDICTION_RANGES)
+    _check_source(cfg)
+    if cfg.top_p is not None:
+        check_share("top_p", cfg.top_p)
+    if (cfg.input is None) == (cfg.prompt is None):
+        fault = "there is nothing to read" if cfg.input is None else "input and prompt are both given"
+        raise ConfigError(
+            f"{fault}: give input=FILE, input=- for stdin, input=DIR for every file of a folder, or prompt=TEXT"
+        )
+    return cfg
+
+
+def _check_source(cfg):
+    """A run or one checkpoint, not both."""
+    if cfg.run_dir is not None and cfg.checkpoint is not None:
+        raise ConfigError(
+            "run_dir and checkpoint are both given: run_dir=DIR takes the newest checkpoint of a run, checkpoint=PATH "
+            "one that you choose"
+        )
+    if cfg.run_dir is None and cfg.checkpoint is None:
+        raise ConfigError("run_dir has no value: give the folder of a run with run_dir=DIR, or checkpoint=PATH")
+
+
 def closed(cfg: DictConfig, schema: type) -> DictConfig:
     """`cfg` merged into a fresh schema, so that a key added with `+` is refused like any unknown one."""
+    refuse_secrets(plain(cfg))
     try:
-        merged: Any = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg, resolve=True))
+        tree: Any = OmegaConf.to_container(cfg, resolve=True)
+        refuse_code(tree)
+        for key, value in walk(tree):
+            # an escaped ${…} is a text here, but would be looked up by whoever reads it next
+            if isinstance(value, str) and "${" in value:
+                raise ConfigError(f"{key} is {value!r} when everything is looked up: write the value itself")
+        merged: Any = OmegaConf.merge(OmegaConf.structured(schema), tree)
     except OmegaConfBaseException as error:
         raise ConfigError(describe(error, _known(schema, cfg))) from None
     missing = sorted(OmegaConf.missing_keys(merged))
@@ -151,7 +199,7 @@ def check_stride(prefix: str, context: int, stride: int) -> None:
 
 
 def _check_optim(optim):
-    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+    if len(optim.betas) != 2 or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in optim.betas):
         raise ConfigError(f"optim.betas is {list(optim.betas)}, it must be two numbers from 0 to below 1")
     if optim.eps <= 0:
         raise ConfigError(f"optim.eps is {optim.eps}, it must be above 0")

@@ -15,24 +15,33 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from configs.check import check, check_evaluation  # noqa: E402
-from configs.compose import CONFIG_DIR, name_experiment, open_keys, task_overrides  # noqa: E402
-from configs.explain import explain, is_swept, refused_flag  # noqa: E402
+from configs.check import check, check_evaluation, check_prediction  # noqa: E402
+from configs.compose import CONFIG_DIR, name_experiment, open_keys, quoted, task_overrides  # noqa: E402
+from configs.explain import explain  # noqa: E402
+from configs.launch import check_added_folder, is_override, is_swept, refused_addition, refused_flag  # noqa: E402
 from configs.schema import register  # noqa: E402
 
 # each job of a sweep appends its exit code here, also from another process
 OUTCOMES = "LONGSPAN_SWEEP_OUTCOMES"
+OTHER_CHECKS = {"eval": check_evaluation, "predict": check_prediction}
 
 
 def entry(config_name: str, job: Callable[[DictConfig], None]) -> None:
     """Compose `config_name` with the command line, check it, run `job` on it; exits with the code."""
     register()
-    arguments = sys.argv[1:]
-    flag = refused_flag(arguments)
-    if flag:
-        sys.exit(_say(flag, 2))
     # argparse takes overrides in one row, so flags go before them
-    sys.argv[1:] = sorted(open_keys(arguments), key=_is_override)
+    arguments = sorted(map(quoted, sys.argv[1:]), key=is_override)
+    fault = refused_flag(arguments) or refused_addition(arguments, config_name)
+    if fault:
+        sys.exit(_say(fault, 2))
+
+    def explained(error: Exception) -> str | None:
+        return explain(error, arguments, config_name)
+
+    code = outcome(lambda: check_added_folder(arguments, config_name), explained)
+    if code:
+        sys.exit(code)
+    sys.argv[1:] = open_keys(arguments)
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     if sweep and config_name != "train":
         sys.exit(_say(f"{config_name}.py takes one run at a time: leave out -m", 2))
@@ -53,7 +62,7 @@ def entry(config_name: str, job: Callable[[DictConfig], None]) -> None:
         codes.append(code)
 
     try:
-        code = outcome(run, lambda error: explain(error, arguments, config_name))
+        code = outcome(run, explained)
     finally:
         if sweep:
             outcomes = Path(os.environ.pop(OUTCOMES))
@@ -62,13 +71,9 @@ def entry(config_name: str, job: Callable[[DictConfig], None]) -> None:
     sys.exit(max([code, *codes]))
 
 
-def _is_override(argument):
-    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
-
-
 def _checked(cfg: DictConfig, config_name: str) -> DictConfig:
-    if config_name == "eval":
-        return check_evaluation(cfg)
+    if config_name in OTHER_CHECKS:
+        return OTHER_CHECKS[config_name](cfg)
     return check(name_experiment(cfg, task_overrides()))
 
 
@@ -84,10 +89,12 @@ def outcome(action: Callable[[], None], explained: Callable = lambda error: None
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
+    except BaseException as error:
         code = getattr(error, "exit_code", None)
-        if isinstance(code, int):
+        if isinstance(code, int):  # a refusal, or a signal after which all was saved
             return _say(str(error), code)
+        if not isinstance(error, Exception):
+            raise
         message = explained(error)
         if message is None:
             traceback.print_exc()

@@ -14,6 +14,8 @@ from configs.schema import ConfigError, register
 
 CONFIG_DIR = Path(__file__).resolve().parent
 MAX_NAME = 120  # letters of a folder's name
+# their values are taken as they are typed
+TEXT_KEYS = ("run_dir", "checkpoint", "data.path", "data.cache_dir", "input", "output", "prompt")
 
 
 def compose_config(overrides: list[str], config_name: str = "train") -> DictConfig:
@@ -57,16 +59,29 @@ def job_folder() -> str:
 def open_keys(arguments: list[str]) -> list[str]:
     """The overrides as Hydra must see them.
 
-    Keys of a phase's `attention` need not be there yet, so they get `++`; the folder of a sweep's job holds `=` and
-    commas, so `run_dir` is quoted.
+    Keys of a phase's `attention` need not be there yet, so they get `++`; paths and texts are quoted where Hydra would
+    not read them as they stand: the folder of a sweep's job holds `=` and commas, others letters beyond ASCII.
     """
     opened = [re.sub(r"^(?=schedule\.phases\.\d+\.attention\b)", "++", argument) for argument in arguments]
-    return [re.sub(r"^run_dir=([^'\"]*[=,][^'\"]*)$", r"run_dir='\1'", argument) for argument in opened]
+    return [quoted(argument) for argument in opened]
 
 
-def compose_raw(overrides: list[str], config_name: str = "train") -> DictConfig:
-    """Hydra's composition of these overrides, unchecked."""
+def quoted(argument: str) -> str:
+    """An override of a path or a text as Hydra takes it for what was typed; data given as `a,b` stays a sweep."""
+    key, _, value = argument.partition("=")
+    is_plain = re.fullmatch(r"[\w./:+%@$*? -]*", value, re.ASCII) and key != "prompt"
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    is_sweep = key.startswith("data.") and "," in value
+    if key not in TEXT_KEYS or value in ("", "null") or is_plain or is_quoted or is_sweep:
+        return argument
+    # inside quotes a backslash counts only in front of a quote, the closing one included
+    text = re.sub(r"(\\*)(?='|$)", r"\1\1", value).replace("'", r"\'")
+    return f"{key}='{text}'"
+
+
+def compose_raw(overrides: list[str], config_name: str = "train", *, hydra: bool = False) -> DictConfig:
+    """Hydra's composition of these overrides, unchecked; with `hydra` its own section is there too."""
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(config_name, overrides=open_keys(overrides))
+        return compose(config_name, overrides=open_keys(overrides), return_hydra_config=hydra)

@@ -1,20 +1,15 @@
 """What Hydra refused to compose, found by composing the overrides one by one, and said without its advice."""
 
 import re
-from collections.abc import Iterable
+from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.compose import CONFIG_DIR, compose_raw
+from configs.launch import added_folder, key_of, search_path, single_overrides
 from configs.messages import describe, nearest, plain, unknown_key
 
-# Hydra's own; argparse takes any unambiguous beginning of one
-FLAGS = (
-    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info",
-    "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun",
-)  # fmt: skip
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError, TypeError)
 
 
@@ -28,67 +23,39 @@ def explain(error: Exception, arguments: list[str], config_name: str) -> str | N
     if several:
         key, value = several.groups()
         return f"{key} has several values, {value}: add -m to run each, or write a list as {key}=[{value}]"
-    words = [word for argument in arguments for word in _single(argument)]
-    groups = _groups()
+    words = [word for argument in arguments for word in single_overrides(argument)]
+    folder = added_folder(arguments)
+    groups = _groups(folder)
     for word in words:
         fault = _group_fault(word, groups)
         if fault:
             return fault
-    chosen = [word for word in words if _key(word) in groups and not word.startswith("~")]
+    chosen = [word for word in words if key_of(word) in groups and not word.startswith("~")]
+    found = [*search_path(folder), *chosen]
+    if folder:
+        try:
+            compose_raw(found, config_name)
+        except REFUSALS as refused:
+            return " ".join(str(refused).split())
     # Hydra mostly names the one it stopped at
-    for word in sorted(words, key=lambda word: word not in str(error) and f"'{_key(word)}'" not in str(error)):
+    for word in sorted(words, key=lambda word: word not in str(error) and f"'{key_of(word)}'" not in str(error)):
         if word in chosen:
             continue
         try:
-            compose_raw([*chosen, word], config_name)
+            compose_raw([*found, word], config_name)
         except REFUSALS as refused:
-            return _value_fault(word, refused, chosen, config_name)
+            return _value_fault(word, refused, found, config_name)
     ours = not isinstance(error, HydraException | OmegaConfBaseException)
     return None if ours else " ".join(str(error).split())
 
 
-def refused_flag(arguments: list[str]) -> str | None:
-    """One line about the first word with dashes that Hydra does not know, None where there is none."""
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name.startswith("--") and not any(flag.startswith(name) for flag in FLAGS):
-            setting = f"{name.strip('-')}={value or '…'}"
-            hint = nearest(name, FLAGS) or f": settings are written without dashes, as in {setting}"
-            return f"there is no option {name}{hint}"
-    return None
-
-
-def is_swept(argument: str) -> bool:
-    """Whether an override gives several values to run one after the other."""
-    if argument.startswith("-") or "=" not in argument:
-        return False
-    try:
-        return OverridesParser.create().parse_override(argument).is_sweep_override()
-    except HydraException:
-        return False
-
-
-def _groups() -> dict[str, list[str]]:
-    """Group -> its options: the folders of YAML files beside this file."""
-    files = sorted(CONFIG_DIR.glob("*/**/*.yaml"))
-    groups = {file.parent.relative_to(CONFIG_DIR).as_posix(): [] for file in files}
-    for file in files:
-        groups[file.parent.relative_to(CONFIG_DIR).as_posix()].append(file.stem)
+def _groups(added: Path | None) -> dict[str, list[str]]:
+    """Group -> its options: the folders of YAML files beside this file, and those of an added folder."""
+    groups: dict[str, list[str]] = {}
+    for root in filter(None, (CONFIG_DIR, added)):
+        for file in sorted(root.glob("*/**/*.yaml")):
+            groups.setdefault(file.parent.relative_to(root).as_posix(), []).append(file.stem)
     return groups
-
-
-def _key(word):
-    return word.partition("=")[0].lstrip("+~")
-
-
-def _single(argument: str) -> Iterable[str]:
-    """An override, a swept one once for each of its values; nothing for a flag."""
-    if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
-        return []
-    parsed = OverridesParser.create().parse_override(argument)
-    if not parsed.is_discrete_sweep():
-        return [argument]
-    return [f"{argument.partition('=')[0]}={value}" for value in parsed.sweep_string_iterator()]
 
 
 def _unreadable(override):

@@ -34,7 +34,8 @@ def cap_window(window: Any, limit: int | None) -> Any:
     """Every entry of a window option (an int, a list a layer, a list a head in it) cut to `limit`."""
     if isinstance(window, list):
         return [cap_window(entry, limit) for entry in window]
-    return _capped(window, limit)
+    # what is no number is refused by the layer that gets it
+    return _capped(window, limit) if isinstance(window, int) else window
 
 
 def build_model(cfg: DictConfig):

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,21 +74,40 @@ class ScheduleConfig:
 
 @dataclass
 class TrainConfig:
-    """Intervals of the loop, in steps."""
+    """Intervals of the loop, in steps, and what happens when something fails.
+
+    `keep_checkpoints` newest ones stay, and the one with the best validation loss. `max_failed_saves` checkpoints in a
+    row may find no room on the disk. `nonfinite`: "stop" before an update whose loss or gradient is not finite, "skip"
+    that update, or "rewind" to the last checkpoint and read on in another order; both at most `nonfinite_limit` times.
+    """
 
     log_every: int = 10
     eval_every: int = 500
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    async_checkpoints: bool = True
+    max_failed_saves: int = 3
+    nonfinite: str = "stop"
+    nonfinite_limit: int = 10
+
+
+@dataclass
+class ResumeConfig:
+    """Going on with a run: the keys that may differ from what it was started with, such as `[optim.weight_decay]`."""
+
+    allow_changes: list[str] = field(default_factory=list)
 
 
 @dataclass
 class EvalConfig:
     """The paper's protocol: windows of `context` characters, `stride` apart, the last `stride` scored.
 
-    `share` is the part of the split that is scored, from its start; `valid_share` the same in training.
+    `protocol`: "streaming" reads the text once with a rolling cache, "windowed" cuts the windows to what the model can
+    see, "uncut" takes them as they are; "auto" streams where that gives the same number, else "windowed". `share` is
+    the part of the split that is scored, from its start; `valid_share` the same in training.
     """
 
+    protocol: str = "auto"
     context: int = 32_256
     stride: int = 512
     share: float = 1.0
@@ -104,7 +124,7 @@ class WandbConfig:
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
-    init_timeout: int = 10
+    init_timeout: int = 7
 
 
 @dataclass
@@ -125,6 +145,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     experiment_name: str = "default"
@@ -147,10 +168,17 @@ class EvaluateDataConfig:
 
 @dataclass
 class EvaluateConfig:
-    """What `eval.py` takes; settings left null come from the run."""
+    """What `eval.py` takes; settings left null come from the run.
+
+    `checkpoint`: a folder checkpoints/step-N of a run, else the newest sound one of `run_dir`. `strict=false` loads the
+    tensors that fit and lists the others.
+    """
 
     run_dir: str | None = None
+    checkpoint: str | None = None
+    strict: bool = True
     split: str = "test"
+    protocol: str | None = None
     device: str = "auto"
     num_threads: int | None = None
     context: int | None = None
@@ -160,38 +188,65 @@ class EvaluateConfig:
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
 
 
+@dataclass
+class PredictConfig:
+    """What `predict.py` takes: a run or one of its checkpoints, an input, and how to continue it.
+
+    `input`: a file, `-` for stdin, or a folder of files; `prompt`: a text instead. `length` in the task's units.
+    `temperature` 0 always takes the likeliest; `top_k`, `top_p` draw among the likeliest only.
+    """
+
+    run_dir: str | None = None
+    checkpoint: str | None = None
+    strict: bool = True
+    input: str | None = None
+    prompt: str | None = None
+    output: str | None = None
+    length: int = 400
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    num_threads: int | None = None
+
+
 def register() -> None:
-    """Put the schemas where the defaults lists of train.yaml and eval.yaml find them."""
+    """Put the schemas where the defaults lists of train.yaml, eval.yaml and predict.yaml find them."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(name="predict_schema", node=PredictConfig)
 
 
 # what each open node may build; anything else would let a shared config run code
-BUILDABLE = {"model": "models.", "task": "tasks."}
+BUILDABLE = {"task": "tasks.", "model": "models.", "model.attention": "models.attention."}
+PUBLIC_NAME = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+")
 
 
 def target_class(node: DictConfig | dict, where: str) -> type:
-    """The class that the `_target_` of a node names; ConfigError unless the package for that node defines it.
+    """The class that the `_target_` of a node names; ConfigError unless it is defined where that name says.
 
-    `where`: the node's dotted key, which begins with `model` or `task`.
+    `where`: the node's dotted key, one of BUILDABLE.
     """
-    prefix = BUILDABLE[where.partition(".")[0]]
+    if where not in BUILDABLE:
+        raise ConfigError(f"{where}._target_ is not allowed: only {', '.join(BUILDABLE)} are built from one")
+    prefix = BUILDABLE[where]
     target = node.get("_target_")
     if not isinstance(target, str) or not target.startswith(prefix):
         found = "null" if target is None else target
         raise ConfigError(f"{where}._target_ is {found}, it must name a class under {prefix}")
     module_name, _, class_name = target.rpartition(".")
     found = None
-    try:
-        module = importlib.import_module(module_name)
-        found = getattr(module, class_name, None)
-    except ModuleNotFoundError as error:
-        # a module of ours that lacks a package of others says so itself
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-    # checked on the resolved object: an alias imported into one of our modules is not ours
-    if not inspect.isclass(found) or not found.__module__.startswith(prefix):
+    if PUBLIC_NAME.fullmatch(target):
+        try:
+            found = getattr(importlib.import_module(module_name), class_name, None)
+        except ModuleNotFoundError as error:
+            # a module of ours that lacks a package of others says so itself
+            if not f"{module_name}.".startswith(f"{error.name}."):
+                raise
+    # checked on the resolved object: an alias imported into one of our modules is not defined there
+    if not inspect.isclass(found) or f"{found.__module__}.{found.__qualname__}" != target:
         from configs.messages import nearest
 
         hint = nearest(target, _classes(prefix))

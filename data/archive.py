@@ -111,8 +111,9 @@ def _pick_member(file: Path, archive: zipfile.ZipFile, member: str | None) -> st
 
 def _listing(folder: Path) -> str:
     try:
-        names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
+        names = [entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir()]
     except OSError as error:
         return f"unknown ({error.strerror or error})"
+    names.sort(key=lambda name: (name.startswith("."), name))  # hidden ones are seldom what was meant
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     return (", ".join(names[:_MAX_LISTED]) or "nothing") + more

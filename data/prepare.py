@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import hashlib
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,20 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def clean_file(source: str | Path, output: str | Path, *, progress: bool = True) -> dict[str, int | str]:
     """Clean the dump `source` (plain, zip, gz, xz or bz2) into text8 form at `output`.
 
-    Returns `bytes` and `sha256` of what was written. Raises DataError for a dump that cannot be read or holds
-    no article text, and for an output that exists already or cannot be written.
+    Returns `bytes` and `sha256` of what was written, and `bad_bytes`, how many bytes of the dump are no UTF-8 text or
+    NUL: as text8 has letters alone, they become spaces like every mark. Raises DataError for a dump that cannot be
+    read or holds no article text, and for an output that exists already or cannot be written.
     """
     file, target = resolve_file(source, key="INPUT"), Path(output).expanduser().absolute()
     if target.exists():
         raise DataError(f"OUTPUT={output} exists already: delete it or name another file")
-    digest, written = hashlib.sha256(), 0
+    digest, written, bad = hashlib.sha256(), 0, BadBytes()
     try:
         descriptor, temp = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
     except OSError as error:
         raise DataError(f"OUTPUT={output} cannot be written: {error.strerror}") from error
     try:
         with os.fdopen(descriptor, "wb") as stream:
-            for piece in clean_dump(_read_with_progress(file, progress)):
+            for piece in clean_dump(bad.watch(_read_with_progress(file, progress))):
                 stream.write(piece)
                 digest.update(piece)
                 written += len(piece)
@@ -66,7 +69,28 @@ def clean_file(source: str | Path, output: str | Path, *, progress: bool = True)
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temp)
-    return {"bytes": written, "sha256": digest.hexdigest()}
+    return {"bytes": written, "sha256": digest.hexdigest(), "bad_bytes": bad.count}
+
+
+class BadBytes:
+    """Counts the bytes of a stream that are no UTF-8 text, and NULs."""
+
+    _BAD = re.compile("[\0\udc80-\udcff]")
+
+    def __init__(self):
+        self.count = 0
+        # every byte that is none becomes one surrogate, which UTF-8 text cannot hold
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+
+    def watch(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """The same pieces, counted on the way."""
+        for piece in pieces:
+            self._add(piece)
+            yield piece
+        self._add(b"", final=True)
+
+    def _add(self, piece, final=False):
+        self.count += len(self._BAD.findall(self._decoder.decode(piece, final)))
 
 
 def _read_with_progress(file: Path, progress: bool) -> Iterator[bytes]:
@@ -86,6 +110,8 @@ def _read_with_progress(file: Path, progress: bool) -> Iterator[bytes]:
 def _run_text8(options: argparse.Namespace) -> None:
     facts = clean_file(options.input, options.output)
     print(f"{options.output}: {facts['bytes']:,} bytes, sha256 {facts['sha256']}")
+    if facts["bad_bytes"]:
+        print(f"{facts['bad_bytes']:,} bytes of {options.input} are no UTF-8 text: like every mark they became spaces")
     print(f"train on it: python train.py task.dataset=text8 data.path={options.output}")
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 
+from configs.compose import compose_config
+from configs.phases import effective_phases, phase_patterns
 from tests.command import TINY, run_train
 
 PHASE = "seq_len:64,batch_size:2,steps:3,lr:1e-3"
@@ -25,6 +27,7 @@ RANGES = [
     ("optim.clip_norm=-1", "optim.clip_norm is -1.0, it must be at least 0"),
     ("optim.eps=0", "optim.eps is 0.0, it must be above 0"),
     ("optim.betas=[0.9]", "optim.betas is [0.9], it must be two numbers from 0 to below 1"),
+    ("optim.betas=[[0.9],0.9]", "optim.betas is [[0.9], 0.9], it must be two numbers from 0 to below 1"),
     ("optim.betas=[0.9,1]", "optim.betas is [0.9, 1.0], it must be two numbers from 0 to below 1"),
     ("train.log_every=0", "train.log_every is 0, it must be at least 1"),
     ("train.checkpoint_every=0", "train.checkpoint_every is 0, it must be at least 1"),
@@ -80,12 +83,29 @@ ATTENTION = [
 ]
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("key", ["model.attention", "schedule.phases.0.attention"])
 @pytest.mark.parametrize(("option", "message"), ATTENTION, ids=[option for option, _ in ATTENTION])
 def test_attention_no_layer_can_have(refused, key, option, message):
     assert refused(*TINY, f"{key}.{option}") == message.format(key=key)
 
 
+@pytest.mark.fault(28)
+@pytest.mark.parametrize("window", ["0", "7", "1000000", "[0,7]", "[1000000,[1,2,3,0]]"])
+def test_windows_of_any_width_from_0_on_are_sound(window):
+    cfg = compose_config([*TINY, f"model.attention.window={window}", f"schedule.phases.0.attention.window={window}"])
+    assert len(phase_patterns(cfg, effective_phases(cfg))) == 1
+
+
+@pytest.mark.fault(28)
+@pytest.mark.parametrize("key", ["model.attention", "schedule.phases.0.attention"])
+@pytest.mark.parametrize("entry", ["x", "null", "{a:1}"])
+def test_window_that_is_no_number_is_refused_under_a_cap_too(refused, key, entry):
+    message = refused(*TINY, "size=debug", f"{key}.window=[8,{entry}]")
+    assert message.startswith(f"{key}.window of layer 1 is ") and message.endswith("it must be a whole number")
+
+
+@pytest.mark.fault(28)
 def test_second_phase_is_named_as_such(refused):
     phases = f"schedule.phases=[{{{PHASE}}},{{{PHASE},attention:{{window:[1,2,3]}}}}]"
     message = refused(*TINY, phases)
@@ -95,10 +115,9 @@ def test_second_phase_is_named_as_such(refused):
 @pytest.mark.parametrize("value", ["os.system", "{_target_:os.system}"])
 def test_attention_of_a_phase_builds_nothing(refused, value):
     message = refused(*TINY, f"schedule.phases.0.attention._target_={value}")
-    known = "(known: window, dilation)"
-    assert message == f"unknown attention option schedule.phases.0.attention._target_ {known}"
-    message = refused(*TINY, "schedule.phases.0.attention.window={_target_:os.system}")
-    assert message.startswith("schedule.phases.0.attention.window of layer 0 is {'_target_': 'os.system'}")
+    assert message.startswith("schedule.phases.0.attention._target_ is not allowed: of such keys there are only task.")
+    message = refused(*TINY, "schedule.phases.0.attention.window=[8,{_target_:os.system}]")
+    assert message.startswith("schedule.phases.0.attention.window.1._target_ is not allowed: of such keys ")
 
 
 def test_unknown_option_inside_a_phase_names_the_nearest(refused):
@@ -128,8 +147,11 @@ TARGETS = [
     ("task._target_=subprocess.Popen", "task._target_ is subprocess.Popen, it must name a class under tasks."),
     ("task._target_=tasks.char_lm.np.load", "task._target_ is tasks.char_lm.np.load, which is no class defined"),
     ("task._target_=tasks.char_lm.load_chars", "task._target_ is tasks.char_lm.load_chars, which is no class"),
-    ("+model.attention.causal=false", "model.attention.causal is set by the code that builds it: leave it out"),
-    ("+model.attention.dim=3", "model.attention.dim is set by the code that builds it: leave it out"),
+    ("model._target_=models.layers.init_weights", "model._target_ is models.layers.init_weights, which is no class"),
+    ("model._target_=models.char_lm.Block", "model._target_ is models.char_lm.Block, which is no class defined"),
+    ("+model._partial_=true", "there is no configuration key model._partial_"),
+    ("+model._args_=[1]", "there is no configuration key model._args_"),
+    ("+model.attention.causal=false", "there is no configuration key model.attention.causal"),
 ]
 
 

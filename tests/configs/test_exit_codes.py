@@ -31,18 +31,21 @@ def test_truncated_file(tmp_path):
     assert f"{file} ({file.stat().st_size:,} bytes) is a truncated or damaged xz file" in message
 
 
+@pytest.mark.fault(22)
 def test_missing_file_lists_its_folder(tmp_path):
     (tmp_path / "text8_head.xz").write_bytes(b"x")
     message = fault(3, tmp_path, f"data.path={tmp_path}/text8_haed.xz")
     assert f"data.path={tmp_path}/text8_haed.xz does not exist" in message and "text8_head.xz" in message
 
 
+@pytest.mark.fault(24)
 def test_empty_file(tmp_path):
     file = tmp_path / "empty"
     file.touch()
     assert f"data.path={file} is an empty file (0 bytes)" in fault(3, tmp_path, f"data.path={file}")
 
 
+@pytest.mark.fault(23)
 def test_foreign_text(tmp_path):
     file = tmp_path / "upper.txt"
     file.write_bytes(TEXT + b"X" + TEXT)
@@ -50,6 +53,7 @@ def test_foreign_text(tmp_path):
     assert f"text8 holds only a-z and space, but {file} has b'X' at byte {len(TEXT):,}" in message
 
 
+@pytest.mark.fault(20)
 def test_wrong_checksum(tmp_path, monkeypatch):
     """A download whose bytes are not the published ones is fetched again once, then refused."""
     published = tmp_path / "published.xz"

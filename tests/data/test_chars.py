@@ -112,6 +112,7 @@ def test_loaders_started_together_unpack_once(tmp_path, monkeypatch):
     assert len(opened) == 1
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize(
     "damage",
     [
@@ -153,6 +154,7 @@ def test_flipped_byte_in_an_archive(tmp_path, kind):
         load_chars("text8", path=tmp_path / f"corpus.{kind}", cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("kind", PACKED)
 def test_empty_file(tmp_path, kind):
     (tmp_path / f"corpus.{kind}").write_bytes(PACKED[kind](b""))
@@ -160,6 +162,7 @@ def test_empty_file(tmp_path, kind):
         load_chars("enwik8", path=tmp_path / f"corpus.{kind}", cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.fault(24)
 def test_white_space_only(tmp_path):
     (tmp_path / "corpus").write_bytes(b" \n" * 500)
     with pytest.raises(DataError, match=r"corpus holds only white space \(1,000 bytes\)"):
@@ -172,6 +175,7 @@ def test_too_short_to_split(tmp_path):
         load_chars("enwik8", path=tmp_path / "corpus", cache_dir=tmp_path)
 
 
+@pytest.mark.fault(22)
 def test_missing_file_lists_what_is_there(tmp_path):
     (tmp_path / "text8.xz").write_bytes(b"")
     with pytest.raises(DataError, match=r"data\.path=.*text9\.xz does not exist; .* holds: text8\.xz$"):
@@ -180,12 +184,14 @@ def test_missing_file_lists_what_is_there(tmp_path):
         load_chars("text8", path=tmp_path / "no" / "such" / "folder.xz", cache_dir=tmp_path)
 
 
+@pytest.mark.fault(22)
 def test_a_folder_lists_what_it_holds(tmp_path):
     (tmp_path / "text8.xz").write_bytes(b"")
     with pytest.raises(DataError, match=r"is a folder, a file is needed; it holds: text8\.xz"):
         load_chars("text8", path=tmp_path, cache_dir=tmp_path)
 
 
+@pytest.mark.fault(22)
 def test_zip_with_several_files(tmp_path):
     (tmp_path / "one.zip").write_bytes(zipped(RAW, "readme.txt", "text8"))
     assert whole(load_chars("text8", path=tmp_path / "one.zip", cache_dir=tmp_path)) == RAW
@@ -194,6 +200,7 @@ def test_zip_with_several_files(tmp_path):
         load_chars("text8", path=tmp_path / "two.zip", cache_dir=tmp_path)
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("kind", ["plain", "xz"])
 def test_text8_refuses_other_bytes_and_says_where(tmp_path, kind):
     raw = b"a" * 2_000_000 + b"B" + b"a" * 1000  # beyond the first piece that is read
@@ -203,6 +210,7 @@ def test_text8_refuses_other_bytes_and_says_where(tmp_path, kind):
     load_chars("enwik8", path=tmp_path / f"corpus.{kind}", cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.fault(22)
 def test_unknown_name_suggests_the_nearest():
     with pytest.raises(DataError, match=r"unknown dataset 'enwiki8': did you mean enwik8\?"):
         load_chars("enwiki8")
@@ -231,6 +239,7 @@ def test_publishers_zip_is_fetched_checked_and_kept(server, tmp_path, monkeypatc
     assert whole(load_chars("text8", cache_dir=tmp_path)) == RAW, "a second load needs no network"
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize(
     ("content", "fault"),
     [

@@ -35,6 +35,7 @@ def test_first_download_prints_and_stores_its_digest(server, tmp_path, capsys):
     assert left == {"corpus.zip", "corpus.zip.sha256", "corpus.zip.lock"}
 
 
+@pytest.mark.fault(21)
 def test_early_close_continues_from_the_byte(server, tmp_path):
     server.content, server.cut_after = CONTENT, [300_000, 100_000]
     file = download(server.url, tmp_path / "corpus.zip", sha256=DIGEST, progress=False)
@@ -42,6 +43,7 @@ def test_early_close_continues_from_the_byte(server, tmp_path):
     assert server.seen_ranges == [None, "bytes=300000-", "bytes=400000-"]
 
 
+@pytest.mark.fault(21)
 def test_a_part_left_by_another_process_is_continued(server, tmp_path):
     server.content, server.cut_after = CONTENT, [250_000, 0, 0, 0]
     with pytest.raises(DataError, match=r"250,000 bytes are kept in .*corpus\.zip\.part"):
@@ -51,18 +53,21 @@ def test_a_part_left_by_another_process_is_continued(server, tmp_path):
     assert server.seen_ranges == ["bytes=250000-"]
 
 
+@pytest.mark.fault(21)
 def test_server_without_ranges_restarts(server, tmp_path):
     server.content, server.ranges, server.cut_after = CONTENT, False, [300_000]
     assert download(server.url, tmp_path / "corpus.zip", progress=False).read_bytes() == CONTENT
     assert server.seen_ranges == [None, "bytes=300000-"]
 
 
+@pytest.mark.fault(21)
 def test_server_that_always_breaks_off_is_given_up(server, tmp_path):
     server.content, server.ranges, server.cut_after = CONTENT, False, [100, 300, 200, 300, 250, 300, 300]
     with pytest.raises(DataError, match=r"the server closed the connection early.*data\.path="):
         download(server.url, tmp_path / "corpus.zip", progress=False)
 
 
+@pytest.mark.fault(21)
 def test_a_file_changed_on_the_server_is_not_glued_to_the_old_part(server, tmp_path):
     server.content, server.cut_after = b"x" * 600_000, [200_000, 0, 0, 0]
     with pytest.raises(DataError):
@@ -71,6 +76,7 @@ def test_a_file_changed_on_the_server_is_not_glued_to_the_old_part(server, tmp_p
     assert download(server.url, tmp_path / "corpus.zip", progress=False).read_bytes() == CONTENT
 
 
+@pytest.mark.fault(21)
 def test_a_whole_part_is_kept(server, tmp_path):
     server.content, server.cut_after = CONTENT, [300_000, 0, 0, 0]
     with pytest.raises(DataError):
@@ -80,6 +86,7 @@ def test_a_whole_part_is_kept(server, tmp_path):
     assert server.seen_ranges[-1] == f"bytes={len(CONTENT)}-"
 
 
+@pytest.mark.fault(20)
 def test_wrong_digest_is_fetched_once_more_then_refused(server, tmp_path):
     server.content = b"not the corpus"
     found = hashlib.sha256(server.content).hexdigest()
@@ -90,6 +97,7 @@ def test_wrong_digest_is_fetched_once_more_then_refused(server, tmp_path):
     assert not (tmp_path / "corpus.zip").exists()
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("publisher_digest", [None, DIGEST], ids=["stored", "published"])
 def test_an_edited_file_is_deleted_and_fetched_again(server, tmp_path, publisher_digest):
     server.content = CONTENT
@@ -99,6 +107,7 @@ def test_an_edited_file_is_deleted_and_fetched_again(server, tmp_path, publisher
     assert len(server.seen_ranges) == 2
 
 
+@pytest.mark.fault(20)
 def test_content_that_differs_from_the_first_download_is_refused(server, tmp_path):
     server.content = CONTENT
     file = download(server.url, tmp_path / "corpus.zip", progress=False)
