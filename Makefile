@@ -2,6 +2,7 @@
 #
 #   make train [ARGS="experiment=NAME key=value"]   train and evaluate
 #   make test | lint | bench                        tests on CPU, ruff and pyright, benchmarks on CPU
+#   make soak                                       kill -9 in training and in writing, fifty times
 #   make gpu                                        GPU tests and benchmarks; fails where there is no GPU
 #   make lock                                       compile requirements.lock from pyproject.toml (network)
 #   make clean                                      remove the environment and caches (never a run)
@@ -28,7 +29,7 @@ else
   SETUP := $(INSTALLED)
 endif
 
-.PHONY: train test lint bench gpu lock clean
+.PHONY: train test soak lint bench gpu lock clean
 .DELETE_ON_ERROR:
 
 train: $(SETUP)
@@ -39,17 +40,24 @@ test: export MKL_NUM_THREADS = 1
 test: $(SETUP)
 	$(RUN) -m pytest -m "not gpu" -n $(TEST_WORKERS) $(ARGS)
 
+soak: export OMP_NUM_THREADS = 1
+soak: $(SETUP)
+	$(RUN) -m pytest --soak -s tests/test_soak.py tests/training/test_checkpoint_kills.py $(ARGS)
+
 lint: $(SETUP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
+# freed memory stays with the process: a call on long inputs would else pay for fresh pages, more the longer they are
+bench: export MALLOC_MMAP_MAX_ = 0
+bench: export MALLOC_TRIM_THRESHOLD_ = 1000000000000
 bench: $(SETUP)
 	$(RUN) -m benchmarks.attention $(ARGS)
 
 gpu: $(SETUP)
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch sees no CUDA device")'
-	$(RUN) -m pytest -m gpu $(wildcard tests/kernels tests/models tests/benchmarks)
+	$(RUN) -m pytest -m gpu tests/kernels tests/models tests/training tests/benchmarks
 	$(RUN) -m benchmarks.attention --device cuda $(if $(OUT),--output "$(OUT)/attention_cuda.csv") $(ARGS)
 
 $(INSTALLED): requirements.lock constraints.txt

@@ -1,10 +1,8 @@
 """Train a model: python train.py [experiment=NAME] [key=value …] [run_dir=DIR] [-m]."""
 
 import logging
-import math
 import time
-from contextlib import ExitStack, nullcontext
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,168 +47,110 @@ def run(cfg, phases, task, path, dist) -> None:
     import torch
 
     from configs.run import check_same_run
+    from reports.summary import finished
+    from training.files import room_for
     from training.run_dir import RunDir
+    from training.signals import Interrupted, Signals
 
-    check_same_run(path, cfg)
+    changes = check_same_run(path, cfg)
     folder = RunDir(path)
     if folder.read_status().get("status") == "finished":
         if dist.is_main:
-            print(f"finished already: {path} (start anew with another run_dir, or remove it)")
+            print(finished(path))
         return
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
+
+    def leave_word(status, **fields):
+        if dist.is_main:
+            folder.status(status, **fields)
+
     with ExitStack() as on_exit:
         if dist.is_main:
             on_exit.enter_context(folder.lock())
             on_exit.enter_context(folder.log_file())
+        signals = Signals(on_abort=lambda name: leave_word("failed", reason=f"a second signal, {name}"))
+        on_exit.enter_context(signals)
         dist.barrier()
+        session = None
         try:
-            train(cfg, phases, task, folder, dist, on_exit)
+            # what is opened closes before the last word: a checkpoint may still be in writing
+            with room_for(path), ExitStack() as resources:
+                session = open_session(cfg, phases, task, folder, dist, signals, changes, resources)
+                train(session)
+                finish(session)
         except BaseException as error:
+            step = session.state["step"] if session else 0
+            if isinstance(error, Interrupted):
+                leave_word("preempted", reason=error.number.name, step=step)
+                raise
+            leave_word("failed", reason=f"{type(error).__name__}: {error}", step=step)
             if dist.is_main:
-                folder.status("failed", reason=f"{type(error).__name__}: {error}")
-                log.error("the run failed", exc_info=not hasattr(error, "exit_code"))
+                # to train.log alone: the command itself prints it
+                log.info("the run failed", exc_info=not hasattr(error, "exit_code"))
             raise
 
 
-def train(cfg, phases, task, folder, dist, on_exit) -> None:
-    """The loop: phases of steps, a step of micro-batches; log, evaluate and save on the way, the result at the end."""
-    import torch
-
-    from configs.phases import set_phase_attention
+def open_session(cfg, phases, task, folder, dist, signals, changes, on_exit):
+    """Everything a run needs, at its first step or where its newest checkpoint left it."""
+    from configs.phases import build_model
     from reports.summary import opening
-    from training.checkpoint import save_checkpoint
-    from training.evaluation import evaluate
-    from training.meter import Meter
-    from training.precision import autocast, resolve_precision
-    from training.progress import ProgressReporter, peak_memory_bytes, reset_peak_memory
-    from training.schedule import learning_rate, locate
+    from training.checkpoint import sweep_stale
+    from training.checkpoint_writer import CheckpointWriter
+    from training.precision import resolve_precision
+    from training.progress import ProgressReporter, reset_peak_memory
+    from training.session import Session
 
-    device, precision = dist.device, resolve_precision(cfg.precision, dist.device)
-    reset_peak_memory(device)
-    phase_steps = [phase.steps for phase in phases]
-    model, optimizer, state = restore(cfg, phases, task, folder, dist)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    progress = ProgressReporter(sum(phase_steps), len(phases), enabled=dist.is_main)
-    on_exit.callback(progress.close)
-    where = f"{precision} on {device}" + (f" x {dist.world_size}" if dist.world_size > 1 else "")
-    progress.message(opening(cfg.experiment_name, phases, num_parameters, where, folder.path, state["step"]))
-    tracker = open_folder(cfg, folder, state["step"], on_exit) if dist.is_main else None
-    forward = dist.wrap(torch.compile(model) if cfg.compile else model)
-    settings = {"context": cfg.eval.context, "stride": cfg.eval.stride, "batch_tokens": cfg.eval.batch_tokens}
-    score = partial(evaluate, task, model, dist=dist, precision=precision)
-
-    meter, batches = Meter(), None
-    for step in range(state["step"], sum(phase_steps)):
-        index, phase_step = locate(step, phase_steps)
-        phase = phases[index]
-        if phase_step == 0 or batches is None:
-            set_phase_attention(model, phases, index)
-            if phase.reset_optimizer and phase_step == 0 and index > 0:
-                optimizer = make_optimizer(cfg, model)
-            batches = phase_batches(task, phase, cfg.seed * 1009 + index, phase_step, dist)
-        lr = learning_rate(
-            phase_step,
-            lr=phase.lr,
-            steps=phase.steps,
-            warmup_steps=phase.warmup_steps,
-            decay=phase.decay,
-            final_lr_ratio=phase.final_lr_ratio,
-        )
-        optimizer.set_lr(lr)
-        # what is dropped is a function of seed, step and process, so that a resumed run drops the same
-        torch.manual_seed((cfg.seed * 2**32 + step) * 2**12 + dist.rank)
-        rows = max(1, (cfg.schedule.micro_batch_tokens or phase.seq_len * phase.batch_size) // phase.seq_len)
-        micro_batches = next(batches).split(rows)
-        targets = torch.zeros((), device=device)
-        for number, batch in enumerate(micro_batches, start=1):
-            with nullcontext() if number == len(micro_batches) else dist.no_sync(forward):
-                with autocast(precision, device):
-                    loss_sum, num_targets, metrics = task.loss(forward, batch.to(device, non_blocking=True))
-                (loss_sum * dist.world_size).backward()  # DDP averages over processes, this is a sum
-            targets += num_targets
-            meter.add({"loss": loss_sum, **metrics}, num_targets)
-        mean = 1 / dist.all_reduce_sum(targets)
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(mean)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        meter.step(phase.batch_size * phase.seq_len)
-        state["step"], state["tokens"] = step + 1, state["tokens"] + phase.batch_size * phase.seq_len
-
-        last = state["step"] == sum(phase_steps)
-        save = last or state["step"] % cfg.train.checkpoint_every == 0
-        # a checkpoint ends an interval: a resumed run logs what the straight one does, and no bad loss is saved
-        if save or state["step"] % cfg.train.log_every == 0 or phase_step + 1 == phase.steps:
-            metrics, seconds = meter.report(dist.all_reduce_sum)
-            state["train_seconds"] += seconds
-            metrics |= {
-                "step": state["step"],
-                "phase": index,
-                "optim/lr": lr,
-                "optim/grad_norm": grad_norm.item(),
-                "progress/tokens": state["tokens"],
-                "time/train_s": state["train_seconds"],
-                "mem/peak_gib": peak_memory_bytes(device) / 2**30,
-            }
-            check_finite(metrics)
-            progress.update(metrics)
-            if tracker:
-                tracker.log(metrics, state["step"])
-        if not last and state["step"] % cfg.train.eval_every == 0:
-            started = time.perf_counter()
-            valid = score("valid", settings={**settings, "share": cfg.eval.valid_share})
-            progress.message(f"step {state['step']:,}: validation {task.metric} {valid[task.metric]:.4f}")
-            if tracker:
-                numbers = {f"valid/{name}": valid[name] for name in ("loss", task.metric)}
-                seconds = time.perf_counter() - started
-                tracker.log({"step": state["step"], "phase": index, **numbers, "time/eval_s": seconds}, state["step"])
-            meter.restart()
-        if save:
-            if dist.is_main:
-                kept = {**state, "phase": index, "attention": dict(phase.attention)}
-                keep = cfg.train.keep_checkpoints
-                save_checkpoint(folder.path, state["step"], model=model, optimizer=optimizer, state=kept, keep=keep)
-                folder.status("running", step=state["step"])
-            meter.restart()
-    progress.close()
-    facts = {
-        "step": state["step"],
-        "num_parameters": num_parameters,
-        "tokens_per_second": state["tokens"] / state["train_seconds"],
-        "train_seconds": state["train_seconds"],
-        "peak_memory_bytes": peak_memory_bytes(device),
-        "seed": cfg.seed,
-    }
-    result = score("test", settings={**settings, "share": cfg.eval.share}, show=progress.message) | facts
-    if dist.is_main:
-        finish(cfg, phases, task, model, folder, tracker, result)
-
-
-def restore(cfg, phases, task, folder, dist):
-    """(model, optimizer, state) at the first step, or as the newest checkpoint left them."""
-    import torch
-
-    from configs.phases import build_model, set_phase_attention
-    from configs.run import check_same_data
-    from training.checkpoint import latest_checkpoint, load_checkpoint, sweep_stale
-
-    torch.manual_seed(cfg.seed)
-    model = build_model(cfg).to(dist.device)
-    optimizer = make_optimizer(cfg, model)
-    state = {"step": 0, "tokens": 0, "train_seconds": 0.0, "data": task.fingerprint}
+    reset_peak_memory(dist.device)
+    session = Session(
+        cfg,
+        phases,
+        task,
+        folder,
+        dist,
+        signals,
+        precision=resolve_precision(cfg.precision, dist.device),
+        progress=ProgressReporter(sum(phase.steps for phase in phases), len(phases), enabled=dist.is_main),
+        make_model=lambda: build_model(cfg),
+        make_optimizer=lambda model: make_optimizer(cfg, model),
+    )
+    on_exit.callback(session.progress.close)
     if dist.is_main:
         sweep_stale(folder.path)
     dist.barrier()
-    newest = latest_checkpoint(folder.path)
-    if newest is not None:
-        saved = load_checkpoint(newest, model=model, optimizer=optimizer)
-        check_same_data(saved["data"], task.fingerprint, str(newest))
-        state |= {name: saved[name] for name in state}
-        set_phase_attention(model, phases, saved["phase"])
-    return model, optimizer, state
+    restore(session)
+    where = f"{session.precision} on {dist.device}" + (f" x {dist.world_size}" if dist.world_size > 1 else "")
+    step = session.state["step"]
+    session.progress.message(opening(cfg.experiment_name, phases, session.num_parameters, where, folder.path, step))
+    for line in changes:
+        session.progress.message(line)
+    if dist.is_main:
+        session.tracker = open_folder(cfg, folder, step, on_exit)
+        session.writer = CheckpointWriter(
+            folder.path,
+            keep=cfg.train.keep_checkpoints,
+            asynchronous=cfg.train.async_checkpoints,
+            max_failures=cfg.train.max_failed_saves,
+        )
+        on_exit.callback(session.writer.close)
+    return session
+
+
+def restore(session) -> None:
+    """The newest sound checkpoint, of this data and in the attention of its phase; or the first step."""
+    from configs.phases import set_phase_attention
+    from configs.run import check_same_data, check_schedule
+    from training.schedule import locate
+
+    found = session.restore()
+    if found is not None:
+        path, saved = found
+        step = session.state["step"]
+        check_same_data(saved["data"], session.task.fingerprint, str(path))
+        check_schedule(session.num_steps, step, str(path))
+        # not the phase it was saved in: the schedule may have been changed since
+        done, _ = locate(max(step - 1, 0), [phase.steps for phase in session.phases])
+        set_phase_attention(session.model, session.phases, done)
 
 
 def open_folder(cfg, folder, step, on_exit):
@@ -221,7 +161,7 @@ def open_folder(cfg, folder, step, on_exit):
     from training.files import write_text
     from training.tracking import Tracker
 
-    for name, text in run_files(cfg).items():
+    for name, text in run_files(cfg, folder.path, step).items():
         write_text(folder.path / name, text)
     folder.write_env()
     folder.status("running", step=step)
@@ -239,69 +179,216 @@ def open_folder(cfg, folder, step, on_exit):
     return tracker
 
 
-def make_optimizer(cfg, model):
-    """The optimizer of all phases; each step sets its learning rate."""
-    from training.optim import build_optimizer
+def train(session) -> None:
+    """The loop: validate, step, log, save, until the last step or a signal."""
+    from training.schedule import locate
+    from training.signals import SIGTERM, Interrupted
 
-    return build_optimizer(
-        model,
-        name=cfg.optim.name,
-        lr=1.0,
-        betas=tuple(cfg.optim.betas),
-        eps=cfg.optim.eps,
-        weight_decay=cfg.optim.weight_decay,
-        muon_lr_ratio=cfg.optim.muon_lr_ratio,
-    )
+    cfg, state = session.cfg, session.state
+    phase_steps, started = [phase.steps for phase in session.phases], state["step"]
+    with session.signals.held():
+        while state["step"] < session.num_steps:
+            # after the checkpoint of this step: a run that goes on from it validates once more
+            if state["step"] and state["step"] % cfg.train.eval_every == 0:
+                with session.signals.released():
+                    validate(session)
+            index, phase_step = locate(state["step"], phase_steps)
+            if session.batches is None or phase_step == 0:
+                begin_phase(session, index, phase_step)
+            batch = next(session.batches)
+            lr, numbers = step(session, batch, index, phase_step)
+            if not numbers.is_finite:
+                nonfinite(session, batch, numbers, index, lr)
+                if cfg.train.nonfinite == "rewind":
+                    continue
+            else:
+                session.optimizer.step()
+                session.meter.add(numbers.sums, numbers.num_targets)
+            session.optimizer.zero_grad()
+            num_tokens = session.phases[index].batch_size * session.phases[index].seq_len
+            session.meter.step(num_tokens)
+            state["step"] += 1
+            state["tokens"] += num_tokens
+            last = state["step"] == session.num_steps
+            if last or state["step"] % cfg.train.log_every == 0 or phase_step + 1 == phase_steps[index]:
+                log_interval(session, numbers, index, lr)
+            due = any(state["step"] % every == 0 for every in (cfg.train.checkpoint_every, cfg.train.eval_every))
+            if last or due or numbers.stop:
+                session.save(index)
+            if numbers.stop:
+                session.ensure_saved()
+                raise Interrupted(session.signals.received or SIGTERM)  # another process may have got it
+    if started < session.num_steps:
+        session.ensure_saved()
 
 
-def phase_batches(task, phase, seed, start_step, dist):
-    """Training batches of one phase from one of its steps on, this process's share of each."""
-    return iter(
-        task.batches(
+def begin_phase(session, index, phase_step) -> None:
+    """The attention, the optimizer and the batches of a phase, from one of its steps on."""
+    from configs.phases import set_phase_attention
+
+    cfg, phase, dist = session.cfg, session.phases[index], session.dist
+    set_phase_attention(session.model, session.phases, index)
+    if phase.reset_optimizer and phase_step == 0 and index > 0:
+        session.optimizer = make_optimizer(cfg, session.model)
+    session.batches = iter(
+        session.task.batches(
             "train",
             seq_len=phase.seq_len,
             batch_size=phase.batch_size,
-            seed=seed,
-            start_step=start_step,
+            # a run that went back reads on in another order
+            seed=cfg.seed * 1009 + index + session.state["rewinds"] * 2**32,
+            start_step=phase_step,
             rank=dist.rank,
             world_size=dist.world_size,
         )
     )
 
 
-def check_finite(metrics) -> None:
-    """NumericsError where the loss or the gradient of a log line is not a number any more."""
-    from training.errors import NumericsError
+def step(session, batch, index, phase_step) -> tuple:
+    """(learning rate, numbers) of a step whose gradient is left in the parameters."""
+    import torch
 
-    for name in ("train/loss", "optim/grad_norm"):
-        if not math.isfinite(metrics[name]):
-            raise NumericsError(
-                f"{name} is {metrics[name]} by step {metrics['step']} (lr {metrics['optim/lr']:g}); nothing of it was "
-                "saved. Give another run_dir and lower the learning rate (schedule.phases.N.lr) or optim.clip_norm."
-            )
+    from training.rng import step_seed
+    from training.schedule import learning_rate
+    from training.step import forward_backward
+
+    cfg, dist, state, phase = session.cfg, session.dist, session.state, session.phases[index]
+    lr = learning_rate(
+        phase_step,
+        lr=phase.lr,
+        steps=phase.steps,
+        warmup_steps=phase.warmup_steps,
+        decay=phase.decay,
+        final_lr_ratio=phase.final_lr_ratio,
+    )
+    session.optimizer.set_lr(lr)
+    # what is dropped is a function of these alone, so that a resumed run drops the same
+    torch.manual_seed(step_seed(cfg.seed, state["rewinds"], state["step"], dist.rank))
+    numbers = forward_backward(
+        session.forward,
+        batch,
+        session.task.loss,
+        rows=max(1, (cfg.schedule.micro_batch_tokens or phase.seq_len * phase.batch_size) // phase.seq_len),
+        clip_norm=cfg.optim.clip_norm,
+        precision=session.precision,
+        dist=dist,
+        stop=lambda: session.signals.received is not None,
+    )
+    return lr, numbers
 
 
-def finish(cfg, phases, task, model, folder, tracker, result) -> None:
-    """Baselines, sample, result.json and the report of a trained and evaluated model."""
+def nonfinite(session, batch, numbers, index, lr) -> None:
+    """A loss or gradient that is not finite: keep the batch; stop, pass over it, or go back to the last checkpoint."""
+    from training.numerics import check_limit, keep_batch, stopped
+
+    cfg, state, policy = session.cfg, session.state, session.cfg.train.nonfinite
+    facts = {"step": state["step"], "phase": index, "lr": lr, "loss": numbers.loss, "grad_norm": numbers.grad_norm}
+    session.optimizer.zero_grad()
+    folder = keep_batch(session.folder.path, batch, facts, session.dist.rank)
+    what = f"step {state['step'] + 1:,}: loss {numbers.loss}, gradient norm {numbers.grad_norm}"
+    if policy == "stop":
+        session.save(index)
+        raise stopped(facts, folder)
+    state["nonfinite"] += 1
+    count = state["nonfinite"]
+    check_limit(policy, count, cfg.train.nonfinite_limit, folder)
+    if policy == "skip":
+        session.progress.message(f"{what}; no update ({count} of {cfg.train.nonfinite_limit}), batch in {folder}")
+        return
+    rewinds = state["rewinds"] + 1
+    if session.writer:
+        session.writer.wait()
+    restore(session)
+    state.update(nonfinite=count, rewinds=rewinds)
+    if session.tracker:
+        session.tracker.rewind(state["step"])
+    session.progress.message(f"{what}; back to step {state['step']:,} ({rewinds} of {cfg.train.nonfinite_limit})")
+
+
+def log_interval(session, numbers, index, lr) -> None:
+    """One line of metrics for the steps since the last."""
+    from training.progress import peak_memory_bytes
+
+    state = session.state
+    metrics, seconds = session.meter.report()
+    state["train_seconds"] += seconds
+    metrics |= {
+        "step": state["step"],
+        "phase": index,
+        "optim/lr": lr,
+        "optim/grad_norm": numbers.grad_norm,
+        "progress/tokens": state["tokens"],
+        "time/train_s": state["train_seconds"],
+        "mem/peak_gib": peak_memory_bytes(session.dist.device) / 2**30,
+    }
+    if state["nonfinite"]:
+        metrics["train/nonfinite"] = state["nonfinite"]
+    session.progress.update(metrics)
+    if session.tracker:
+        session.tracker.log(metrics, state["step"])
+
+
+def score(session, split, share, show=lambda line: None) -> dict:
+    """The task's official score of the model as it is."""
+    from training.evaluation import evaluate
+
+    names = ("protocol", "context", "stride", "batch_tokens")
+    settings = {name: session.cfg.eval[name] for name in names}
+    return evaluate(
+        session.task,
+        session.model,
+        split,
+        dist=session.dist,
+        precision=session.precision,
+        settings={**settings, "share": share},
+        show=show,
+    )
+
+
+def validate(session) -> None:
+    """Score a share of the validation split; the checkpoint of this step becomes the best where it is."""
+    from training.checkpoint import mark_best
+
+    metric, step = session.task.metric, session.state["step"]
+    started = time.perf_counter()
+    valid = score(session, "valid", session.cfg.eval.valid_share)
+    session.progress.message(f"step {step:,}: validation {metric} {valid[metric]:.4f}")
+    if session.tracker:
+        numbers = {f"valid/{name}": valid[name] for name in ("loss", metric)}
+        session.tracker.log({"step": step, **numbers, "time/eval_s": time.perf_counter() - started}, step)
+        session.writer.wait()
+        mark_best(session.folder.path, step, valid["loss"])
+    session.meter.restart()
+
+
+def make_optimizer(cfg, model):
+    """The optimizer of all phases; each step sets its learning rate."""
+    from training.optim import build_optimizer
+
+    options = {name: value for name, value in cfg.optim.items() if name not in ("clip_norm", "betas")}
+    return build_optimizer(model, lr=1.0, betas=tuple(cfg.optim.betas), **options)
+
+
+def finish(session) -> None:
+    """The final test of the trained model, its result and report."""
     from configs.phases import phase_patterns
-    from reports.run import write_report
-    from reports.summary import closing
-    from training.files import write_text
+    from reports.result import write_result
+    from training.progress import peak_memory_bytes
 
-    step = result["step"]
-    result = {**result, "baselines": task.baselines("test", cfg.eval.share)}
-    folder.write_json(f"eval/test-step-{step}.json", result)
-    sample = task.sample(model)
-    (folder.path / "samples").mkdir(exist_ok=True)
-    write_text(folder.path / "samples" / f"step-{step}.txt", sample)
-    tracker.text("sample", sample, step)
-    tracker.log({f"test/{task.metric}": result[task.metric]}, step)
-    folder.write_json("result.json", result)
-    folder.status("finished", step=step)
-    report = write_report(folder.path, phase_patterns(cfg, phases))
-    for picture in sorted((folder.path / "plots").glob("*.png")):
-        tracker.image(picture.stem, picture, step)
-    print(closing(result, task.metric, sample, folder.path, report))
+    cfg, state = session.cfg, session.state
+    session.progress.close()
+    facts = {
+        "step": state["step"],
+        "num_parameters": session.num_parameters,
+        "tokens_per_second": state["tokens"] / state["train_seconds"],
+        "train_seconds": state["train_seconds"],
+        "peak_memory_bytes": peak_memory_bytes(session.dist.device),
+        "seed": cfg.seed,
+    }
+    result = score(session, "test", cfg.eval.share, show=session.progress.message) | facts
+    if session.dist.is_main:
+        patterns = phase_patterns(cfg, session.phases)
+        print(write_result(session.folder, session.task, session.model, result, patterns, session.tracker))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,16 @@ from tests.helpers import ROOT
 MISSING_DATA = "data missing: "
 
 
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="all the kills of `make soak` instead of three of a kind")
+
+
+@pytest.fixture(scope="session")
+def soak(pytestconfig) -> bool:
+    """Whether the long form of the kill tests is asked for."""
+    return pytestconfig.getoption("--soak")
+
+
 @pytest.fixture(autouse=True)
 def deterministic():
     """Seeds, and memory from torch.empty filled with NaN, so that an unwritten output fails."""

@@ -9,12 +9,14 @@ from tests.command import metrics_of, phases, run_train, small_run
 
 # dropout draws random numbers; the second phase drops the optimizer's state and keeps the windows of the first
 SCHEDULE = phases(
-    {"seq_len": 32, "batch_size": 4, "steps": 3, "lr": 1e-2, "warmup_steps": 2, "attention": {"window": [4, 12]}},
-    {"seq_len": 48, "batch_size": 2, "steps": 3, "lr": 5e-3, "reset_optimizer": True},
-    {"seq_len": 64, "batch_size": 2, "steps": 2, "lr": 2e-3, "attention": {"dilation": 2}},
+    {"seq_len": 32, "batch_size": 4, "steps": 17, "lr": 1e-2, "warmup_steps": 2, "attention": {"window": [4, 12]}},
+    {"seq_len": 48, "batch_size": 2, "steps": 14, "lr": 5e-3, "reset_optimizer": True},
+    {"seq_len": 64, "batch_size": 2, "steps": 9, "lr": 2e-3, "attention": {"dilation": 2}},
 )
-SAVING = ("train.checkpoint_every=1", "train.keep_checkpoints=20", "train.eval_every=3", "model.dropout=0.2")
-STEPS = 8
+SAVING = ("train.checkpoint_every=1", "train.keep_checkpoints=50", "train.eval_every=10", "model.dropout=0.2")
+# a step is two micro-batches; a log line tells of three steps
+ACCUMULATED = ("schedule.micro_batch_tokens=64", "train.log_every=3")
+STEPS = 40
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def no_report(monkeypatch):
 def straight(tmp_path_factory):
     """(arguments, run folder) of a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("straight")
-    arguments = [*small_run(folder), *SCHEDULE, *SAVING]
+    arguments = [*small_run(folder), *SCHEDULE, *SAVING, *ACCUMULATED]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("reports.run.write_report", lambda path, patterns: path / "report.html")
         ended = run_train(*arguments, f"run_dir={folder / 'run'}", cwd=folder)
@@ -44,11 +46,12 @@ def cut(straight, target, step):
     for name in ("result.json", "status.json"):
         (target / name).unlink()
     with open(target / "metrics.jsonl", "a") as file:
-        file.write('{"step": 8, "train/lo')
+        file.write('{"step": 40, "train/lo')
     return arguments
 
 
-@pytest.mark.parametrize("step", [2, 3, 5, 8])
+@pytest.mark.fault(14)
+@pytest.mark.parametrize("step", [2, 17, 20, 31, STEPS])
 def test_resumed_run_ends_like_the_straight_one(straight, tmp_path, step):
     target = tmp_path / "run"
     arguments = cut(straight, target, step)
@@ -65,20 +68,7 @@ def test_resumed_run_ends_like_the_straight_one(straight, tmp_path, step):
     assert results[0] == results[1]
 
 
-def test_interval_between_logged_steps_survives_a_cut(tmp_path):
-    """A checkpoint inside a logging interval: the line at its end still tells of the whole interval."""
-    arguments = [*small_run(tmp_path), *SCHEDULE, "train.log_every=4", "train.checkpoint_every=5", "seed=2"]
-    straight = tmp_path / "straight"
-    assert run_train(*arguments, f"run_dir={straight}", cwd=tmp_path).code == 0
-    resumed = tmp_path / "resumed"
-    shutil.copytree(straight, resumed, symlinks=True)
-    for name in ("result.json", "status.json"):
-        (resumed / name).unlink()
-    shutil.rmtree(resumed / "checkpoints" / "step-8")
-    assert run_train(*arguments, f"run_dir={resumed}", cwd=tmp_path).code == 0
-    assert metrics_of(resumed) == metrics_of(straight)
-
-
+@pytest.mark.fault(16)
 def test_finished_run_says_so_and_is_left_alone(straight, tmp_path):
     arguments, folder = straight
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -88,6 +78,7 @@ def test_finished_run_says_so_and_is_left_alone(straight, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("finished", [False, True])
 def test_other_configuration_is_refused_with_the_difference(straight, tmp_path, finished):
     target = tmp_path / "run"
@@ -98,11 +89,45 @@ def test_other_configuration_is_refused_with_the_difference(straight, tmp_path, 
     saved = (target / "config.yaml").read_text()
     ended = run_train(*arguments, f"run_dir={target}", "model.dropout=0.3", "seed=9", cwd=tmp_path)
     assert ended.code == 2 and "Traceback" not in ended.err
-    assert ended.err == (
-        f"error: run_dir={target} holds a run with another configuration (model.dropout: 0.2 there, 0.3 now; "
-        "seed: 0 there, 9 now): use the same or another run_dir\n"
-    )
+    first, *changes, started, advice = ended.err.splitlines()
+    assert first == f"error: run_dir={target} holds a run with another configuration (- there, + now):"
+    assert changes == ["- model.dropout: 0.2", "+ model.dropout: 0.3", "- seed: 0", "+ seed: 9"]
+    assert started.startswith("it was started with: size=debug model.dim=32 ")
+    assert advice.endswith("to go on all the same, add 'resume.allow_changes=[model.dropout,seed]'")
     assert (target / "config.yaml").read_text() == saved
+
+
+@pytest.mark.fault(16)
+def test_allowed_changes_are_shown_and_the_former_configuration_is_kept(straight, tmp_path):
+    target = tmp_path / "run"
+    arguments = cut(straight, target, 38)
+    saved = (target / "config.yaml").read_text()
+    changed = (*arguments, f"run_dir={target}", "optim.weight_decay=0.5")
+    ended = run_train(*changed, "resume.allow_changes=[optim]", cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert "going on after step 38" in ended.out and "+ optim.weight_decay: 0.5" in ended.out
+    assert "+ optim.weight_decay: 0.5" in (target / "train.log").read_text()
+    assert (target / "config-until-step-38.yaml").read_text() == saved
+    assert "weight_decay: 0.5" in (target / "config.yaml").read_text()
+    # the change is the run's now: the command of before is another run's
+    back = run_train(*arguments, f"run_dir={target}", cwd=tmp_path)
+    assert back.code == 2 and "- optim.weight_decay: 0.5" in back.err
+    assert run_train(*changed, cwd=tmp_path).out.startswith("finished already")
+
+
+@pytest.mark.fault(16)
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ("model.dim=64", "the weights there do not fit the model now (model.dim changed): use another run_dir"),
+        ("task.dataset=enwik8", "task.dataset cannot change within a run: use another run_dir"),
+    ],
+)
+def test_another_model_or_task_is_refused_whatever_is_allowed(straight, tmp_path, change, advice):
+    arguments, folder = straight
+    allow = "resume.allow_changes=[model,task]"
+    ended = run_train(*arguments, f"run_dir={folder}", change, allow, cwd=tmp_path)
+    assert ended.code == 2 and ended.err.splitlines()[-1] == advice
 
 
 def test_other_data_is_refused(straight, tmp_path):
@@ -134,12 +159,28 @@ def test_run_folder_without_a_checkpoint_starts_over(straight, tmp_path):
     assert metrics_of(target) == metrics_of(straight[1])
 
 
-def test_damaged_checkpoint_is_an_error_of_its_own(straight, tmp_path):
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(straight, tmp_path, capfd, damage):
     target = tmp_path / "run"
-    arguments = cut(straight, target, 4)
-    file = target / "checkpoints" / "step-4" / "model.safetensors"
+    arguments = cut(straight, target, 20)
+    file = target / "checkpoints" / "step-20" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
-    file.write_bytes(content)
+    file.write_bytes(content[:-10] if damage == "cut" else content)
     ended = run_train(*arguments, f"run_dir={target}", cwd=tmp_path)
-    assert ended.code == 4 and f"{file} is damaged: sha256 " in ended.err and "Traceback" not in ended.err
+    assert ended.code == 0 and "going on after step 19" in ended.out
+    told = [line for line in (target / "train.log").read_text().splitlines() if "WARNING" in line and str(file) in line]
+    assert len(told) == 1 and "step-19 is used instead" in told[0]
+    assert metrics_of(target) == metrics_of(straight[1])
+    assert len(list((target / "checkpoints").glob("step-20.damaged-*"))) == 1
+
+
+def test_no_sound_checkpoint_at_all_is_an_error_of_its_own(straight, tmp_path):
+    target = tmp_path / "run"
+    arguments = cut(straight, target, 2)
+    for step in (1, 2):
+        (target / "checkpoints" / f"step-{step}" / "state.json").write_text("{}")
+    ended = run_train(*arguments, f"run_dir={target}", cwd=tmp_path)
+    assert ended.code == 4 and "none of the 2 checkpoints" in ended.err and "Traceback" not in ended.err
+    assert {path.name for path in (target / "checkpoints").iterdir()} >= {"step-1", "step-2"}

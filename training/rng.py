@@ -10,6 +10,11 @@ from torch import Tensor
 from training.files import json_ready
 
 
+def step_seed(*numbers: int) -> int:
+    """A seed for torch, below 2**64, from numbers such as a run's seed, the step and the rank; equal on any machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
 def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(byte tensors of torch's CPU and CUDA generators, JSON of Python's and NumPy's)."""
     tensors = {"cpu": torch.get_rng_state()}

@@ -1,0 +1,52 @@
+"""What is kept of a batch whose loss or gradient is not finite, and when a run has had enough of them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from training.errors import NumericsError
+from training.files import write_json
+
+FOLDER = "nonfinite"
+
+
+def keep_batch(run_dir: Path, batch: Tensor | Mapping[str, Tensor], facts: Mapping[str, Any], rank: int) -> Path:
+    """Write a process's batch and `facts` (step, phase, lr, loss …) to `run_dir/nonfinite/step-N`; returns that folder.
+
+    The batch is kept as it came from the task, before it went to a device, in `batch-rank-R.safetensors`.
+    """
+    folder = run_dir / FOLDER / f"step-{facts['step']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"batch": batch} if isinstance(batch, Tensor) else batch
+    # cloned: rows of a larger memory would be refused by the format
+    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, folder / _name(rank))
+    if rank == 0:
+        write_json(folder / "facts.json", facts)
+    return folder
+
+
+def check_limit(policy: str, count: int, limit: int, folder: Path) -> None:
+    """NumericsError once the batches that were skipped, or gone back from, are more than `limit`."""
+    if count > limit:
+        raise NumericsError(
+            f"the loss or gradient was not finite {count} times, train.nonfinite={policy} allows {limit} "
+            f"(train.nonfinite_limit); the last batch is in {folder}. Lower the learning rate (schedule.phases.N.lr) "
+            "or optim.clip_norm, or raise the limit."
+        )
+
+
+def stopped(facts: Mapping[str, Any], folder: Path) -> NumericsError:
+    """The error that ends a run at its first such batch."""
+    return NumericsError(
+        f"loss {facts['loss']}, gradient norm {facts['grad_norm']} at step {facts['step'] + 1} (lr {facts['lr']:g}): "
+        f"stopped before the update. The weights before it are in checkpoints/step-{facts['step']}, the batch is in "
+        f"{folder}. Go on with a lower learning rate (schedule.phases.N.lr=… 'resume.allow_changes=[schedule]'), or "
+        "with train.nonfinite=skip or rewind."
+    )
+
+
+def _name(rank: int) -> str:
+    return f"batch-rank-{rank}.safetensors"

@@ -1,0 +1,85 @@
+"""Signals that end a run: the step in hand is finished and saved first, a second signal ends the process at once."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+SIGTERM = signal.SIGTERM
+HANDLED = (signal.SIGINT, SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# a launcher passes on what the terminal has sent to every process already
+REPEAT_S = 2.0
+
+
+class Interrupted(BaseException):
+    """A signal ends the run. Like KeyboardInterrupt no error of the work itself: `except Exception` lets it pass."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(f"stopped by {number.name}; the same command with this run_dir goes on")
+        self.number = number
+        self.exit_code = exit_code(number)
+
+
+class Signals:
+    """Catches the signals of HANDLED while it is entered, in the main thread; elsewhere it does nothing.
+
+    A signal raises Interrupted at once, inside `held` it waits: the code there looks at `received` when it has
+    something whole to leave behind. The second one calls `on_abort(its name)` and ends the process without clean-up.
+    """
+
+    def __init__(self, on_abort: Callable[[str], None] = lambda name: None):
+        self.received: signal.Signals | None = None
+        self._on_abort = on_abort
+        self._held = False
+        self._first = 0.0
+        self._former: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._handle) for number in HANDLED}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._former = {}
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Signals wait in here until `received` is acted upon."""
+        with self._holding(True):
+            yield
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Inside `held`: a stretch that may be left anywhere, also by a signal that waits already."""
+        if self.received is not None:
+            raise Interrupted(self.received)
+        with self._holding(False):
+            yield
+
+    @contextlib.contextmanager
+    def _holding(self, held: bool) -> Iterator[None]:
+        former, self._held = self._held, held
+        try:
+            yield
+        finally:
+            self._held = former
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        received, now = signal.Signals(number), time.monotonic()
+        if self.received is None:
+            self.received, self._first = received, now
+            if not self._held:
+                raise Interrupted(received)
+        elif not (received == self.received and "TORCHELASTIC_RUN_ID" in os.environ and now - self._first < REPEAT_S):
+            self._on_abort(received.name)
+            os._exit(exit_code(received))
+
+
+def exit_code(number: signal.Signals) -> int:
+    """130 after Ctrl-C, 143 after any other signal."""
+    return 130 if number == signal.SIGINT else 143
