@@ -4,7 +4,8 @@
     python -m reports.compare runs/a runs/b --metric bpc --by model.dim,optim.name --output results.md
 
 RUN is a run folder, or a folder that holds run folders (a sweep). Runs whose configs differ in the seed alone
-are one line; the columns are the settings that differ. Unfinished runs are listed and not averaged.
+are one line; the columns are the settings that differ. Unfinished runs are listed with
+their state (running, preempted, failed, or interrupted: its process is gone) and not averaged.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ def _cell(value: Any) -> str:
 def table_lines(comparison: Comparison) -> list[list[str]]:
     """The table as text, its header first."""
     header = [_column(key, comparison) for key in comparison.keys]
-    header += [f"{comparison.metric} mean", "std", "min – max", "n", "seeds", "tokens/s", "status"]
+    header += [f"{comparison.metric} mean", "std", "min – max", "runs", "seeds", "tokens/s", "status"]
     lines = [header]
     for row in comparison.rows:
-        between = f"{format_score(row.low)} – {format_score(row.high)}" if row.n > 1 else "-"
+        between = f"{format_score(row.low)} – {format_score(row.high)}" if row.num_runs > 1 else "-"
         speed = f"{row.tokens_per_second:,.0f}" if row.tokens_per_second is not None else "-"
         lines.append(
             [
@@ -69,7 +70,7 @@ def table_lines(comparison: Comparison) -> list[list[str]]:
                 format_score(row.mean),
                 format_score(row.std),
                 between,
-                str(row.n) if row.n else "-",
+                str(row.num_runs) if row.num_runs else "-",
                 ", ".join(map(str, row.seeds)),
                 speed,
                 row.status,
@@ -97,7 +98,7 @@ def notes(comparison: Comparison) -> list[str]:
         said.append(f"{key} stands also for {shown}, which change with it.")
     if comparison.averaged:
         said.append(f"Averaged over runs that differ in {', '.join(comparison.averaged)}.")
-    return said
+    return [*said, *comparison.problems]
 
 
 def markdown(comparison: Comparison) -> str:
@@ -113,7 +114,7 @@ def csv_text(comparison: Comparison) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     keys = [key for shown in comparison.keys for key in (shown, *comparison.together.get(shown, ()))]
-    numbers = ("mean", "std", "low", "high", "spread", "n", "tokens_per_second")
+    numbers = ("mean", "std", "low", "high", "spread", "num_runs", "tokens_per_second")
     writer.writerow([*keys, "metric", *numbers, "seeds", "status", "runs"])
     for row in comparison.rows:
         settings = [value_text(row.settings.get(key, MISSING)) for key in keys]
@@ -135,7 +136,7 @@ def compare_figure(comparison: Comparison) -> Figure:
         for index, row in enumerate(rows):
             low, mean, high = (float(value) for value in (row.low, row.mean, row.high) if value is not None)
             axes.plot([low, high], [index, index], color=style.SKY, linewidth=5, solid_capstyle="round")
-            axes.plot(row.values, [index] * row.n, "o", color="white", markeredgecolor=style.MUTED, markersize=4)
+            axes.plot(row.values, [index] * row.num_runs, "o", color="white", markeredgecolor=style.MUTED, markersize=4)
             axes.plot([mean], [index], "D", color=style.BLUE, markersize=6)
         axes.set_yticks(range(len(rows)), labels, fontsize=8)
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -150,7 +151,7 @@ def _row_label(row: Row, comparison: Comparison) -> str:
     """What tells the row apart, in lines of about 50 characters."""
     names = {key: "" if key == "experiment_name" else f"{_column(key, comparison)} " for key in comparison.keys}
     parts = [f"{name}{_cell(row.settings.get(key, MISSING))}" for key, name in names.items()]
-    parts.append(f"{row.n} runs" if row.n > 1 else "1 run")
+    parts.append(f"{row.num_runs} runs" if row.num_runs > 1 else "1 run")
     return textwrap.fill(", ".join(map(style.label_text, parts)), 50)
 
 
@@ -209,7 +210,11 @@ def main(arguments: Sequence[str]) -> None:
     if options.json:
         rows = [row.as_json() for row in comparison.rows]
         shown = {"metric": comparison.metric, "keys": comparison.keys, "together": comparison.together}
-        print(json.dumps({**shown, "averaged": comparison.averaged, "rows": rows}, default=str))
+        print(
+            json.dumps(
+                {**shown, "averaged": comparison.averaged, "problems": comparison.problems, "rows": rows}, default=str
+            )
+        )
         return
     _print(comparison)
     for path in written:

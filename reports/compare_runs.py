@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from configs.saved import flatten
 from reports.errors import ReportError
 from reports.metrics import headline_metric, is_number, metric_named
-from reports.run_folder import RunFolder, find_runs, flatten, read_run
+from reports.run_folder import RunFolder, find_runs, read_run
 
 # where a run lies, what it prints and what it keeps: none of it changes what is learned
 LOCAL_KEYS = ("run_dir", "device", "num_threads", "data.cache_dir", "data.workers")
@@ -35,7 +36,7 @@ class Row:
     tokens_per_second: float | None = None
 
     @property
-    def n(self) -> int:
+    def num_runs(self) -> int:
         return len(self.values)
 
     @property
@@ -44,7 +45,7 @@ class Row:
 
     @property
     def std(self) -> float | None:
-        return statistics.stdev(self.values) if self.n > 1 else None
+        return statistics.stdev(self.values) if self.num_runs > 1 else None
 
     @property
     def low(self) -> float | None:
@@ -60,7 +61,7 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """The row as plain data."""
-        names = ("settings", "status", "n", "mean", "std", "low", "high", "spread", "values", "seeds")
+        names = ("settings", "status", "num_runs", "mean", "std", "low", "high", "spread", "values", "seeds")
         return {name: getattr(self, name) for name in (*names, "tokens_per_second", "runs")}
 
 
@@ -70,6 +71,7 @@ class Comparison:
 
     `together` names, for a shown key, the keys that change exactly when it does; they have no column of
     their own. `averaged` names the keys, other than seeds, that differ within a group (only with `by`).
+    `problems` says in sentences which files could not be read.
     """
 
     metric: str
@@ -77,6 +79,7 @@ class Comparison:
     rows: list[Row]
     together: dict[str, list[str]] = field(default_factory=dict)
     averaged: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 def compare_runs(paths: Sequence[str | Path], metric: str | None = None, by: Sequence[str] | None = None) -> Comparison:
@@ -111,7 +114,8 @@ def compare_runs(paths: Sequence[str | Path], metric: str | None = None, by: Seq
     sign = 1.0 if metric_named(metric).lower_is_better else -1.0
     rows.sort(key=lambda row: (row.mean is None, sign * (row.mean or 0.0)))
     shown_keys, together = (keys, {}) if by is not None else _merge_keys(rows, keys)
-    return Comparison(metric, shown_keys, rows, together, averaged)
+    problems = [f"{run.path}: {problem}" for run in runs for problem in run.problems]
+    return Comparison(metric, shown_keys, rows, together, averaged, problems)
 
 
 def _rows(runs: Sequence[RunFolder], metric: str, settings: Mapping[str, Any]) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -21,6 +22,12 @@ def take_option(arguments: list[str], name: str) -> str | None:
     found = [argument for argument in arguments if argument.startswith(prefix)]
     arguments[:] = [argument for argument in arguments if not argument.startswith(prefix)]
     return found[-1][len(prefix) :] if found else None
+
+
+def command_path(path: Path) -> str:
+    """A path as it is typed here: from the current folder where it lies inside that."""
+    absolute = path.absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
 
 
 def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:

@@ -7,7 +7,8 @@
 
 Takes the overrides of train.py, or `run_dir=DIR` for the settings of a run. `phase=i` (from 0) picks a phase
 of the schedule, by default the last; `seq_len=N` is the row that is drawn and counted, by default the length
-of that phase; `output=FILE.png|.svg` is where the picture goes; `--json` prints the numbers alone.
+of that phase; `output=FILE.png|.svg` is where the picture goes, by default `pattern.png` in the current folder or
+under `plots/` of the run; `--json` prints the numbers alone.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
+from configs.saved import flatten
 from reports import page
-from reports.console import run_command, take_option
+from reports.console import command_path, run_command, take_option
 from reports.errors import ReportError
 from reports.metrics import (
     format_bytes,
@@ -35,8 +36,8 @@ from reports.pattern_figures import (
     window_figure,
 )
 from reports.pattern_numbers import Pattern, pattern_numbers
-from reports.run_figures import baseline_figure, training_figure
-from reports.run_folder import RunFolder, flatten, read_run
+from reports.run_figures import baseline_figure, baseline_label, training_figure
+from reports.run_folder import RunFolder, read_run
 from reports.style import render
 from training.files import write_text
 
@@ -135,6 +136,7 @@ def _headline(run: RunFolder) -> str:
         scores = {name: score for name, score in baselines.items() if not name.startswith("train_bytes")}
         figure = baseline_figure(metric, float(result[metric.name]), scores)
         parts.append(_plot(run, "baselines", figure, "score of the model beside the baselines", note))
+        parts.append(page.table([(baseline_label(name), _shown(score)) for name, score in scores.items()]))
     shown = {key for key, _, _ in readable} | {"baselines", "data", "dataset"}
     rest = {key: value for key, value in result.items() if key not in shown}
     rest |= {f"data.{key}": value for key, value in data.items()}
@@ -143,6 +145,10 @@ def _headline(run: RunFolder) -> str:
         rows = [(name, _one_line(numbers)) for name, numbers in run.evaluations.items()]
         parts.append(page.details("evaluations (eval/)", page.table(rows)))
     return page.section("Result", *parts)
+
+
+def _shown(score: Any) -> str:
+    return format_score(score) if is_number(score) else str(score)
 
 
 def _whole(value: float) -> str:
@@ -159,6 +165,8 @@ def _protocol(result: Mapping[str, Any]) -> str:
     for key, label in (("context", "context"), ("stride", "stride"), ("receptive_field", "receptive field")):
         if is_number(result.get(key)):
             said.append(f"{label} {result[key]:,}")
+    if isinstance(result.get("protocol"), str):
+        said.append(f"{result['protocol']} protocol")
     return ", ".join(said) + "." if said else ""
 
 
@@ -239,32 +247,20 @@ def _samples(run: RunFolder) -> str:
 
 
 def _commands(run: RunFolder) -> str:
-    path = _command_path(run.path)
+    path = f"run_dir={command_path(run.path)}"
     overrides = [override for override in run.overrides if not override.startswith("run_dir=")]
-
-    def line(*words: str) -> str:
-        return " ".join(shlex.quote(word) for word in ("python", *words))
-
+    lines = [("The same run again", "train.py", *overrides)]
+    if run.state != "finished":
+        lines.append(("on with this one", "train.py", *overrides, path))
+    lines.append(("its evaluation", "eval.py", path, "split=test"))
+    if run.result.get("task") == "char_lm":
+        lines.append(("a text that it continues", "predict.py", path, "prompt=Once upon a time"))
+    lines.append(("its patterns", "-m", "reports.pattern", path))
     return page.section(
         "Commands",
-        page.paragraph("The same run again; on with this one; its evaluation; its patterns:", muted=True),
-        page.preformatted(
-            "\n".join(
-                (
-                    line("train.py", *overrides),
-                    line("train.py", *overrides, f"run_dir={path}"),
-                    line("eval.py", f"run_dir={path}", "split=test"),
-                    line("-m", "reports.pattern", f"run_dir={path}"),
-                )
-            ),
-            wrap=True,
-        ),
+        page.paragraph("; ".join(line[0] for line in lines) + ":", muted=True),
+        page.preformatted("\n".join(shlex.join(("python", *line[1:])) for line in lines), wrap=True),
     )
-
-
-def _command_path(path: Path) -> str:
-    absolute = path.absolute()
-    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
 
 
 def _settings(run: RunFolder) -> str:
@@ -297,7 +293,11 @@ def main(arguments: Sequence[str]) -> None:
     from configs.run import load_run
     from reports.pattern import patterns_by_phase
 
-    print(f"report: {write_report(run_dir, patterns_by_phase(load_run(run_dir)))}")
+    patterns = patterns_by_phase(load_run(run_dir))
+    try:
+        print(f"report: {write_report(run_dir, patterns)}")
+    except OSError as error:
+        raise ReportError(f"the report of {run_dir} cannot be written: {error}") from error
 
 
 if __name__ == "__main__":

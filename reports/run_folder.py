@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
+from configs.saved import read_yaml
+from configs.schema import ConfigError
 from reports.errors import ReportError
 from reports.metrics import is_number
+from training.run_lock import settled
 
 CONFIG = "config.yaml"
 
@@ -39,7 +38,7 @@ class RunFolder:
 
     @property
     def state(self) -> str:
-        """running, finished, preempted, failed ...; "unknown" where nothing says so."""
+        """running, finished, preempted, failed, interrupted (its process is gone); "unknown" where nothing says so."""
         state = self.status.get("status")
         return str(state) if state else "finished" if self.result else "unknown"
 
@@ -58,6 +57,7 @@ def read_run(path: str | Path, *, history: bool = True) -> RunFolder:
     run.config = _config(run)
     run.overrides = [line.strip() for line in _text(run, "overrides.txt").splitlines() if line.strip()]
     run.env, run.status, run.result = (_json(run, name) for name in ("env.json", "status.json", "result.json"))
+    run.status = settled(path, run.status)
     if not history:
         return run
     _read_metrics(run)
@@ -97,23 +97,6 @@ def number(value: Any) -> float | None:
     return float(value) if value in ("nan", "inf", "-inf") else None
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model": {"dim": 64}, "phases": [{"lr": 1}]} -> {"model.dim": 64, "phases.0.lr": 1}.
-
-    Lists without mappings stay whole: a list of windows is one value.
-    """
-    if isinstance(config, dict) and config:
-        items = config.items()
-    elif isinstance(config, list) and any(isinstance(item, dict) for item in config):
-        items = enumerate(config)
-    else:
-        return {prefix: config}
-    flat = {}
-    for key, value in items:
-        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
-
-
 def _text(run: RunFolder, name: str) -> str:
     try:
         return (run.path / name).read_text(encoding="utf-8", errors="replace")
@@ -142,11 +125,10 @@ def _json(run: RunFolder, name: str) -> dict[str, Any]:
 def _config(run: RunFolder) -> dict[str, Any]:
     try:
         # nothing is resolved: a stored config must not read the environment of whoever looks at it
-        config = OmegaConf.to_container(OmegaConf.create(run.config_text), resolve=False)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        run.problems.append(f"{CONFIG} could not be read: {str(error).splitlines()[0]}.")
+        return read_yaml(run.path / CONFIG)
+    except ConfigError as error:
+        run.problems.append(f"{CONFIG} could not be read: {error}.")
         return {}
-    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
 
 
 def _read_metrics(run: RunFolder) -> None:

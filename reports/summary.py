@@ -1,8 +1,13 @@
 """What a run prints before its first step and after its last."""
 
+import contextlib
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from reports.console import command_path
 
 
 def opening(name: str, phases: Sequence[Any], num_parameters: int, where: str, path: Path, step: int) -> str:
@@ -30,9 +35,45 @@ def closing(result: Mapping[str, Any], metric: str, sample: str, path: Path, rep
             f"peak {result['peak_memory_bytes'] / 2**30:.2f} GiB",
             f"report {report}",
             "next:",
-            f"  python eval.py run_dir={path}",
+            *_uses(path),
             "  python train.py --help   # the experiments, and the keys that any override may change",
-            "  python train.py model.attention.window=64 seed=1",
-            "  python train.py -m seed=0,1,2   # several runs; then python -m reports.compare sweeps/default",
+            *_variations(path),
         ]
     )
+
+
+def finished(path: Path) -> str:
+    """What a finished run says when it is started once more."""
+    result = {}
+    with contextlib.suppress(OSError, ValueError):  # nothing of what follows depends on it
+        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    scores = ", ".join(f"{name} {result[name]:.4f}" for name in ("bpc", "accuracy", "f1") if name in result)
+    return "\n".join(
+        [
+            f"finished already: {path} ({result.get('split', 'test')} {scores}; {path / 'report.html'}). "
+            "Start anew with another run_dir, or use what it learned:",
+            *_uses(path),
+        ]
+    )
+
+
+def _uses(path: Path) -> list[str]:
+    """Commands that take a trained run."""
+    run_dir = shlex.quote(f"run_dir={command_path(path)}")
+    return [f'  python predict.py {run_dir} prompt="Once upon a time"', f"  python eval.py {run_dir}"]
+
+
+def _variations(path: Path) -> list[str]:
+    """Commands for runs like this one: its overrides with a change, and over several seeds."""
+    overrides = path / "overrides.txt"
+    lines = overrides.read_text(encoding="utf-8").splitlines() if overrides.is_file() else []
+    given = [line for line in lines if line and not line.startswith(("run_dir=", "seed="))]
+    experiment = next((line.partition("=")[2] for line in given if line.startswith("experiment=")), None)
+    # the phases of an experiment set the window themselves
+    change = "optim.weight_decay=0.1" if experiment else "model.attention.window=64"
+    kept = [line for line in given if line.partition("=")[0] != change.partition("=")[0]]
+    return [
+        f"  {shlex.join(['python', 'train.py', *kept, change, 'seed=1'])}",
+        f"  {shlex.join(['python', 'train.py', '-m', *given, 'seed=0,1,2'])}   # several runs; then "
+        f"python -m reports.compare sweeps/{experiment or 'default'}",
+    ]

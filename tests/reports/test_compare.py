@@ -11,6 +11,7 @@ from reports.compare import csv_text, main, markdown, value_text
 from reports.compare_runs import compare_runs
 from reports.console import run_command
 from reports.errors import ReportError
+from training.run_dir import RunDir
 
 
 @pytest.fixture(name="sweep")
@@ -32,24 +33,44 @@ def test_runs_that_differ_in_seed_and_local_keys_are_one_row(sweep):
     assert comparison.metric == "bpc" and comparison.keys == ["model.attention.window"]
     first, second, unfinished = comparison.rows
     assert first.settings == {"model.attention.window": 8} and first.seeds == [0, 1]
-    assert second.values == [2.5, 2.7, 2.6] and second.n == 3
+    assert second.values == [2.5, 2.7, 2.6] and second.num_runs == 3
     assert second.mean == pytest.approx(2.6) and second.std == pytest.approx(statistics.stdev([2.5, 2.7, 2.6]))
     assert (second.low, second.high, second.spread) == (2.5, 2.7, pytest.approx(0.2))
     assert second.tokens_per_second == pytest.approx(1001.0)
-    assert unfinished.status == "preempted at step 17" and unfinished.mean is None and unfinished.n == 0
+    assert unfinished.status == "preempted at step 17" and unfinished.mean is None and unfinished.num_runs == 0
 
 
 def test_a_result_of_a_run_that_goes_on_is_not_averaged(tmp_path, write_run):
     write_run(tmp_path / "a", seed=1, bpc=2.0)
     write_run(tmp_path / "b", seed=2, bpc=9.0, status="running")
-    row, unfinished = compare_runs([tmp_path]).rows
+    with RunDir(tmp_path / "b").lock():
+        row, unfinished = compare_runs([tmp_path]).rows
     assert row.values == [2.0] and row.std is None
     assert unfinished.status == "running at step 30"
 
 
+@pytest.mark.fault(17)
+def test_states_of_unfinished_runs_are_listed(tmp_path, write_run, capsys):
+    """One stopped by a signal, one whose process is gone, one that failed before it said a step, one with no status."""
+    write_run(tmp_path / "a", seed=1, bpc=None, status="preempted")
+    write_run(tmp_path / "b", seed=2, bpc=None, status="running")
+    write_run(tmp_path / "c", seed=3, bpc=None)
+    (tmp_path / "c" / "status.json").write_text('{"status": "failed"}')
+    write_run(tmp_path / "d", seed=4, bpc=None)
+    (tmp_path / "d" / "status.json").write_text('{"status": "runn')
+    main([str(tmp_path)])
+    out = capsys.readouterr().out
+    assert [row.status for row in compare_runs([tmp_path]).rows] == [
+        "preempted at step 17", "interrupted at step 17", "failed", "unknown"
+    ]  # fmt: skip
+    assert "interrupted at step 17" in out and f"{tmp_path / 'd'}: status.json is not valid JSON" in " ".join(
+        out.split()
+    )
+
+
 def test_a_run_named_twice_counts_once(sweep):
     comparison = compare_runs([sweep, sweep / "latest", sweep / "4-1"])
-    assert sum(row.n for row in comparison.rows) == 5
+    assert sum(row.num_runs for row in comparison.rows) == 5
 
 
 def test_higher_is_better_sorts_the_other_way(sweep):
@@ -63,7 +84,7 @@ def test_nested_numbers_are_metrics_too(sweep):
 
 def test_by_averages_over_everything_else_and_says_so(sweep):
     comparison = compare_runs([sweep], by=["model.dim"])
-    assert comparison.rows[0].n == 5 and comparison.averaged == ["model.attention.window"]
+    assert comparison.rows[0].num_runs == 5 and comparison.averaged == ["model.attention.window"]
     assert "Averaged over runs that differ in model.attention.window." in markdown(comparison)
 
 
@@ -79,7 +100,7 @@ def test_keys_that_change_together_share_a_column(tmp_path, write_run):
 def test_markdown_and_csv_hold_the_numbers(sweep):
     comparison = compare_runs([sweep])
     header, _, best, *_ = markdown(comparison).splitlines()
-    assert header.startswith("| window | bpc mean | std | min – max | n |")
+    assert header.startswith("| window | bpc mean | std | min – max | runs |")
     assert best == "| 8 | 2.3000 | 0.1414 | 2.2000 – 2.4000 | 2 | 0, 1 | 1,000 | finished |"
     rows = list(csv.DictReader(io.StringIO(csv_text(comparison))))
     assert float(rows[1]["mean"]) == pytest.approx(2.6) and rows[2]["mean"] == ""
@@ -108,7 +129,7 @@ def test_json_is_all_that_is_printed(sweep, capsys):
 def test_without_any_result_every_run_is_listed(tmp_path, write_run, capsys):
     write_run(tmp_path / "a", bpc=None, status="running")
     main([str(tmp_path), "--output", str(tmp_path / "t.md")])
-    assert "running at step 17" in capsys.readouterr().out
+    assert "interrupted at step 17" in capsys.readouterr().out
     assert not (tmp_path / "t.png").exists()
 
 

@@ -11,10 +11,12 @@ from omegaconf import OmegaConf
 
 from configs.compose import compose_config
 from kernels.window_attention.pattern import WindowPattern
+from reports.console import run_command
 from reports.errors import ReportError
 from reports.run import main, write_report
 from reports.run_figures import phase_spans, series, smooth
 from reports.run_folder import read_run
+from training.run_dir import RunDir
 
 PATTERNS = [
     [WindowPattern((4, 4), (1, 1), True), WindowPattern((8, 8), (1, 2), True)],
@@ -79,10 +81,39 @@ def test_report_has_every_part_and_stands_alone(tmp_path, write_run):
 def test_commands_repeat_the_run_and_quote_the_shell(tmp_path, write_run):
     folder = write_run(tmp_path / "a run")
     (folder / "overrides.txt").write_text(f"model.attention.window=[2,4]\nseed=3\nrun_dir={folder}\n")
-    text = html.unescape(report(folder))
+    text = html.unescape(report(folder, None))
     assert "python train.py 'model.attention.window=[2,4]' seed=3\n" in text
-    assert f"python train.py 'model.attention.window=[2,4]' seed=3 'run_dir={folder}'\n" in text
     assert f"python eval.py 'run_dir={folder}' split=test\n" in text
+    assert f"python predict.py 'run_dir={folder}' 'prompt=Once upon a time'\n" in text
+    on = f"python train.py 'model.attention.window=[2,4]' seed=3 'run_dir={folder}'\n"
+    assert on not in text and "on with this one" not in text  # it has finished
+    (folder / "status.json").write_text('{"status": "preempted", "step": 17}')
+    text = html.unescape(report(folder, None))
+    assert on in text and "on with this one" in text
+
+
+def test_baselines_are_numbers_too(tmp_path, write_run):
+    text = report(write_run(tmp_path / "run"), None)
+    assert "<tr><th>gzip</th><td>2.9000</td></tr>" in text and "<tr><th>order-1 Markov</th><td>3.4000</td></tr>" in text
+
+
+@pytest.mark.fault(17)
+def test_a_run_whose_process_is_gone_is_interrupted(tmp_path, write_run):
+    folder = write_run(tmp_path / "run", bpc=None, status="running")
+    assert '<span class="state">interrupted</span>' in report(folder, None)
+    assert json.loads((folder / "status.json").read_text())["status"] == "running"
+    with RunDir(folder).lock():
+        assert '<span class="state">running</span>' in report(folder, None)
+
+
+@pytest.mark.fault(38)
+def test_a_report_that_cannot_be_written_is_an_error_of_one_line(tmp_path, write_run, capsys):
+    """A folder lies where the file should; the super-user too is refused that."""
+    OmegaConf.save(compose_config(["model.dim=32", "model.attention.window=4"]), tmp_path / "config.yaml", resolve=True)
+    (tmp_path / "report.html").mkdir()
+    assert run_command(main, [f"run_dir={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the report of {tmp_path} cannot be written: ")
 
 
 def test_hostile_text_is_shown_and_never_interpreted(tmp_path, write_run):

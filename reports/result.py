@@ -1,0 +1,28 @@
+"""What a run leaves behind when its model is trained and tested: result.json, a sample, the report."""
+
+from typing import Any
+
+import reports.run
+from reports.summary import closing
+from training.files import write_text
+
+
+def write_result(folder: Any, task: Any, model: Any, result: dict, patterns: list, tracker: Any) -> str:
+    """Add baselines and a sample to `result`, write it with the report into the run folder; returns the closing words.
+
+    folder: `training.run_dir.RunDir`; patterns: of each phase, a list with one pattern a layer.
+    """
+    step = result["step"]
+    result = {**result, "baselines": task.baselines(result["split"], result["share"])}
+    folder.write_json(f"eval/{result['split']}-step-{step}.json", result)
+    sample = task.sample(model)
+    (folder.path / "samples").mkdir(exist_ok=True)
+    write_text(folder.path / "samples" / f"step-{step}.txt", sample)
+    tracker.text("sample", sample, step)
+    tracker.log({f"test/{task.metric}": result[task.metric]}, step)
+    folder.write_json("result.json", result)
+    folder.status("finished", step=step)
+    report = reports.run.write_report(folder.path, patterns)
+    for picture in sorted((folder.path / "plots").glob("*.png")):
+        tracker.image(picture.stem, picture, step)
+    return closing(result, task.metric, sample, folder.path, report)
