@@ -2,7 +2,7 @@
 
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,11 @@ def run(cfg, phases, task, path, dist) -> None:
                 train(session)
                 finish(session)
         except BaseException as error:
-            step = session.state["step"] if session else 0
+            reached = {"step": session.state["step"]} if session else {}
             if isinstance(error, Interrupted):
-                leave_word("preempted", reason=error.number.name, step=step)
+                leave_word("preempted", reason=error.number.name, **reached)
                 raise
-            leave_word("failed", reason=f"{type(error).__name__}: {error}", step=step)
+            leave_word("failed", reason=f"{type(error).__name__}: {error}", **reached)
             if dist.is_main:
                 # to train.log alone: the command itself prints it
                 log.info("the run failed", exc_info=not hasattr(error, "exit_code"))
@@ -118,7 +118,7 @@ def open_session(cfg, phases, task, folder, dist, signals, changes, on_exit):
     if dist.is_main:
         sweep_stale(folder.path)
     dist.barrier()
-    restore(session)
+    resume_or_start(session)
     where = f"{session.precision} on {dist.device}" + (f" x {dist.world_size}" if dist.world_size > 1 else "")
     step = session.state["step"]
     session.progress.message(opening(cfg.experiment_name, phases, session.num_parameters, where, folder.path, step))
@@ -136,7 +136,7 @@ def open_session(cfg, phases, task, folder, dist, signals, changes, on_exit):
     return session
 
 
-def restore(session) -> None:
+def resume_or_start(session) -> None:
     """The newest sound checkpoint, of this data and in the attention of its phase; or the first step."""
     from configs.phases import set_phase_attention
     from configs.run import check_same_data, check_schedule
@@ -173,7 +173,7 @@ def open_folder(cfg, folder, step, on_exit):
         tensorboard=cfg.tracker.tensorboard,
         config=config,
         name=folder.path.name,
-        resume_step=step or None,
+        resume_step=step,
     )
     on_exit.callback(tracker.finish)
     return tracker
@@ -190,15 +190,16 @@ def train(session) -> None:
         while state["step"] < session.num_steps:
             # after the checkpoint of this step: a run that goes on from it validates once more
             if state["step"] and state["step"] % cfg.train.eval_every == 0:
-                with session.signals.released():
+                # of several processes none may leave alone: there a signal waits for the step after
+                with session.signals.released() if session.dist.world_size == 1 else nullcontext():
                     validate(session)
             index, phase_step = locate(state["step"], phase_steps)
             if session.batches is None or phase_step == 0:
                 begin_phase(session, index, phase_step)
             batch = next(session.batches)
-            lr, numbers = step(session, batch, index, phase_step)
+            lr, numbers = session.compute_gradients(batch, index, phase_step)
             if not numbers.is_finite:
-                nonfinite(session, batch, numbers, index, lr)
+                handle_nonfinite(session, batch, numbers, index, lr)
                 if cfg.train.nonfinite == "rewind":
                     continue
             else:
@@ -211,15 +212,27 @@ def train(session) -> None:
             state["tokens"] += num_tokens
             last = state["step"] == session.num_steps
             if last or state["step"] % cfg.train.log_every == 0 or phase_step + 1 == phase_steps[index]:
-                log_interval(session, numbers, index, lr)
+                session.log_interval(numbers, index, lr)
             due = any(state["step"] % every == 0 for every in (cfg.train.checkpoint_every, cfg.train.eval_every))
             if last or due or numbers.stop:
                 session.save(index)
             if numbers.stop:
                 session.ensure_saved()
                 raise Interrupted(session.signals.received or SIGTERM)  # another process may have got it
-    if started < session.num_steps:
-        session.ensure_saved()
+        if started < session.num_steps:
+            session.ensure_saved()
+        stop_together(session)
+
+
+def stop_together(session) -> None:
+    """Interrupted on all processes where one of them has been sent a signal since its last step."""
+    import torch
+
+    from training.signals import SIGTERM, Interrupted
+
+    received = session.signals.received
+    if session.dist.all_reduce_sum(torch.tensor(float(received is not None), device=session.dist.device)) > 0:
+        raise Interrupted(received or SIGTERM)
 
 
 def begin_phase(session, index, phase_step) -> None:
@@ -244,40 +257,7 @@ def begin_phase(session, index, phase_step) -> None:
     )
 
 
-def step(session, batch, index, phase_step) -> tuple:
-    """(learning rate, numbers) of a step whose gradient is left in the parameters."""
-    import torch
-
-    from training.rng import step_seed
-    from training.schedule import learning_rate
-    from training.step import forward_backward
-
-    cfg, dist, state, phase = session.cfg, session.dist, session.state, session.phases[index]
-    lr = learning_rate(
-        phase_step,
-        lr=phase.lr,
-        steps=phase.steps,
-        warmup_steps=phase.warmup_steps,
-        decay=phase.decay,
-        final_lr_ratio=phase.final_lr_ratio,
-    )
-    session.optimizer.set_lr(lr)
-    # what is dropped is a function of these alone, so that a resumed run drops the same
-    torch.manual_seed(step_seed(cfg.seed, state["rewinds"], state["step"], dist.rank))
-    numbers = forward_backward(
-        session.forward,
-        batch,
-        session.task.loss,
-        rows=max(1, (cfg.schedule.micro_batch_tokens or phase.seq_len * phase.batch_size) // phase.seq_len),
-        clip_norm=cfg.optim.clip_norm,
-        precision=session.precision,
-        dist=dist,
-        stop=lambda: session.signals.received is not None,
-    )
-    return lr, numbers
-
-
-def nonfinite(session, batch, numbers, index, lr) -> None:
+def handle_nonfinite(session, batch, numbers, index, lr) -> None:
     """A loss or gradient that is not finite: keep the batch; stop, pass over it, or go back to the last checkpoint."""
     from training.numerics import check_limit, keep_batch, stopped
 
@@ -288,6 +268,7 @@ def nonfinite(session, batch, numbers, index, lr) -> None:
     what = f"step {state['step'] + 1:,}: loss {numbers.loss}, gradient norm {numbers.grad_norm}"
     if policy == "stop":
         session.save(index)
+        session.ensure_saved()
         raise stopped(facts, folder)
     state["nonfinite"] += 1
     count = state["nonfinite"]
@@ -298,34 +279,11 @@ def nonfinite(session, batch, numbers, index, lr) -> None:
     rewinds = state["rewinds"] + 1
     if session.writer:
         session.writer.wait()
-    restore(session)
+    resume_or_start(session)
     state.update(nonfinite=count, rewinds=rewinds)
     if session.tracker:
         session.tracker.rewind(state["step"])
     session.progress.message(f"{what}; back to step {state['step']:,} ({rewinds} of {cfg.train.nonfinite_limit})")
-
-
-def log_interval(session, numbers, index, lr) -> None:
-    """One line of metrics for the steps since the last."""
-    from training.progress import peak_memory_bytes
-
-    state = session.state
-    metrics, seconds = session.meter.report()
-    state["train_seconds"] += seconds
-    metrics |= {
-        "step": state["step"],
-        "phase": index,
-        "optim/lr": lr,
-        "optim/grad_norm": numbers.grad_norm,
-        "progress/tokens": state["tokens"],
-        "time/train_s": state["train_seconds"],
-        "mem/peak_gib": peak_memory_bytes(session.dist.device) / 2**30,
-    }
-    if state["nonfinite"]:
-        metrics["train/nonfinite"] = state["nonfinite"]
-    session.progress.update(metrics)
-    if session.tracker:
-        session.tracker.log(metrics, state["step"])
 
 
 def score(session, split, share, show=lambda line: None) -> dict:
@@ -348,14 +306,18 @@ def score(session, split, share, show=lambda line: None) -> dict:
 def validate(session) -> None:
     """Score a share of the validation split; the checkpoint of this step becomes the best where it is."""
     from training.checkpoint import mark_best
+    from training.schedule import locate
 
     metric, step = session.task.metric, session.state["step"]
+    index, _ = locate(step - 1, [phase.steps for phase in session.phases])
     started = time.perf_counter()
     valid = score(session, "valid", session.cfg.eval.valid_share)
     session.progress.message(f"step {step:,}: validation {metric} {valid[metric]:.4f}")
     if session.tracker:
         numbers = {f"valid/{name}": valid[name] for name in ("loss", metric)}
-        session.tracker.log({"step": step, **numbers, "time/eval_s": time.perf_counter() - started}, step)
+        session.tracker.log(
+            {"step": step, "phase": index, **numbers, "time/eval_s": time.perf_counter() - started}, step
+        )
         session.writer.wait()
         mark_best(session.folder.path, step, valid["loss"])
     session.meter.restart()
@@ -373,6 +335,7 @@ def finish(session) -> None:
     """The final test of the trained model, its result and report."""
     from configs.phases import phase_patterns
     from reports.result import write_result
+    from training.precision import autocast
     from training.progress import peak_memory_bytes
 
     cfg, state = session.cfg, session.state
@@ -388,7 +351,9 @@ def finish(session) -> None:
     result = score(session, "test", cfg.eval.share, show=session.progress.message) | facts
     if session.dist.is_main:
         patterns = phase_patterns(cfg, session.phases)
-        print(write_result(session.folder, session.task, session.model, result, patterns, session.tracker))
+        with autocast(session.precision, session.dist.device):
+            told = write_result(session.folder, session.task, session.model, result, patterns, session.tracker)
+        session.progress.message(told)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,27 @@
 """The phases a run will really train: the schedule under its caps; the checks that need model and data."""
 
+import inspect
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from configs.messages import with_keys
-from configs.schema import ConfigError, PhaseConfig, build
+from configs.schema import ConfigError, PhaseConfig, build, target_class
 
 
 def effective_phases(cfg: DictConfig) -> list[PhaseConfig]:
     """The phases of `cfg.schedule` under `cap`; a shortened phase keeps its share of warm-up.
 
-    Attention options that a phase does not name stay as the phase before left them, so each phase holds them all.
+    Attention options that a phase does not name stay as the phase before left them, at first as the model has them:
+    each phase holds all that any of them names, so that a run may also go back to an earlier one.
     """
     cap = cfg.schedule.cap
-    phases, attention = [], {}
-    for node in cfg.schedule.phases:
-        phase: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PhaseConfig), node))
+    nodes: list[Any] = [
+        OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PhaseConfig), node)) for node in cfg.schedule.phases
+    ]
+    phases, attention = [], _model_attention(cfg, {name for phase in nodes for name in phase.attention})
+    for phase in nodes:
         steps = _capped(phase.steps, cap.steps)
         phase.warmup_steps = phase.warmup_steps * steps // phase.steps
         phase.steps = steps
@@ -28,6 +32,18 @@ def effective_phases(cfg: DictConfig) -> list[PhaseConfig]:
         phase.attention = attention = {**attention, **phase.attention}
         phases.append(phase)
     return phases
+
+
+def _model_attention(cfg: DictConfig, names: set[str]) -> dict[str, Any]:
+    """These attention options as the model has them, given or by default; what it has not is left out."""
+    node: Any = OmegaConf.to_container(cfg.model, resolve=True).get("attention")
+    if not names or not isinstance(node, dict):
+        return {}
+    parameters = inspect.signature(target_class(node, "model.attention")).parameters
+    own = {name: node.get(name, parameters[name].default) for name in sorted(names) if name in parameters}
+    if "window" in own:
+        own["window"] = cap_window(own["window"], cfg.schedule.cap.window)
+    return {name: value for name, value in own.items() if value is not inspect.Parameter.empty}
 
 
 def cap_window(window: Any, limit: int | None) -> Any:

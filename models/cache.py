@@ -25,7 +25,7 @@ class LayerCache:
             raise ValueError("a cache serves causal attention: in the other kind later tokens change earlier ones")
         self.batch_size, self.pattern = batch_size, pattern
         self.position = 0
-        self.capacity = pattern.reach + max(MIN_SPARE, pattern.reach // 4)
+        self.capacity = pattern.reach + max(MIN_SPARE, pattern.reach // 4)  # at most
         self._buffers: tuple[torch.Tensor, ...] = ()
         self._filled = 0
 
@@ -38,8 +38,7 @@ class LayerCache:
         if len(key) != self.batch_size:
             raise ValueError(f"the cache was made for {self.batch_size} texts at once, got {len(key)}")
         new, count, past = (key, value), key.shape[1], min(self._filled, self.pattern.reach)
-        if not self._buffers:
-            self._buffers = tuple(part.new_empty(len(part), self.capacity, *part.shape[2:]) for part in new)
+        self._grow(new, self._filled + count)
         self.position += count
         held = [buffer[:, self._filled - past : self._filled] for buffer in self._buffers]
         if past + count > self.capacity:  # more than fits: this once old and new are joined outside the buffer
@@ -47,7 +46,7 @@ class LayerCache:
             kept = min(past + count, self.pattern.reach)
             self._restart([part[:, past + count - kept :] for part in (keys, values)], kept)
             return keys, values, past
-        if self._filled + count > self.capacity:
+        if self._filled + count > self._buffers[0].shape[1]:
             self._restart([part.clone() for part in held], past)  # from one place of a buffer to another that overlaps
         first, last = self._filled - past, self._filled + count
         for buffer, part in zip(self._buffers, new, strict=True):
@@ -55,6 +54,18 @@ class LayerCache:
         self._filled = last
         keys, values = (buffer[:, first:last] for buffer in self._buffers)
         return keys, values, past
+
+    def _grow(self, new, needed):
+        """Buffers for `needed` tokens, twice as many as before but at most `capacity`: a window may be wider than any
+        text."""
+        room = self._buffers[0].shape[1] if self._buffers else 0
+        if self._buffers and room >= min(needed, self.capacity):
+            return
+        size = min(self.capacity, max(needed, 2 * room, MIN_SPARE))
+        former = self._buffers
+        self._buffers = tuple(part.new_empty(len(part), size, *part.shape[2:]) for part in new)
+        for buffer, part in zip(self._buffers, former, strict=bool(former)):
+            buffer[:, : self._filled] = part[:, : self._filled]
 
     def _restart(self, parts, count):
         """Fill the buffers anew from the front."""

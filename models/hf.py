@@ -22,13 +22,15 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    num_symbols: int | None = None,
     show: Callable[[int], None] = lambda token: None,
 ) -> torch.Tensor:
     """Continue `prompt`, int64 [T] with T >= 1, by `length` tokens: int64 [length], on the CPU.
 
     `model`: a CharLM, in evaluation mode. `temperature` 0 takes the likeliest token; else one is drawn from the
     softmax of logits / temperature, among the `top_k` likeliest or the likeliest that make up `top_p`. The same seed
-    draws the same on one machine; torch's global generators are left as they were. `show` gets each token as it comes.
+    draws the same on one machine; the generators of the CPU and of the model's device are left as they were. Only
+    the first `num_symbols` tokens are taken, all if None. `show` gets each token as it comes.
     """
     if prompt.dim() != 1 or not len(prompt):
         raise ValueError(f"prompt must be [T] with at least one token, got {tuple(prompt.shape)}")
@@ -39,7 +41,7 @@ def generate(
     continuing, streamer = _classes()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        ids = continuing(model).generate(
+        ids = continuing(model, num_symbols).generate(
             prompt[None].to(device),
             max_new_tokens=length,
             streamer=streamer(show),
@@ -62,9 +64,9 @@ def _classes() -> tuple[Any, Any]:
         config_class = PreTrainedConfig
         main_input_name = "input_ids"
 
-        def __init__(self, model):
+        def __init__(self, model, num_symbols):
             super().__init__(PreTrainedConfig(is_encoder_decoder=False))
-            self.model, self.read = model, model.new_cache(1)
+            self.model, self.num_symbols, self.read = model, num_symbols, model.new_cache(1)
 
         @property
         def device(self):
@@ -74,7 +76,7 @@ def _classes() -> tuple[Any, Any]:
             logits = None
             for piece in input_ids[:, self.read.position :].split(PIECE, dim=1):
                 logits = self.model(piece, cache=self.read)[:, -1:]
-            return CausalLMOutput(logits=logits)
+            return CausalLMOutput(logits=logits[..., : self.num_symbols])
 
         def prepare_inputs_for_generation(self, input_ids, **unused):
             return {"input_ids": input_ids}

@@ -1,10 +1,13 @@
 """What a run leaves behind when its model is trained and tested: result.json, a sample, the report."""
 
+import logging
 from typing import Any
 
 import reports.run
 from reports.summary import closing
 from training.files import write_text
+
+log = logging.getLogger(__name__)
 
 
 def write_result(folder: Any, task: Any, model: Any, result: dict, patterns: list, tracker: Any) -> str:
@@ -15,14 +18,23 @@ def write_result(folder: Any, task: Any, model: Any, result: dict, patterns: lis
     step = result["step"]
     result = {**result, "baselines": task.baselines(result["split"], result["share"])}
     folder.write_json(f"eval/{result['split']}-step-{step}.json", result)
-    sample = task.sample(model)
+    folder.write_json("result.json", result)
+    sample = _sample(task, model)
     (folder.path / "samples").mkdir(exist_ok=True)
     write_text(folder.path / "samples" / f"step-{step}.txt", sample)
     tracker.text("sample", sample, step)
     tracker.log({f"test/{task.metric}": result[task.metric]}, step)
-    folder.write_json("result.json", result)
     folder.status("finished", step=step)
     report = reports.run.write_report(folder.path, patterns)
     for picture in sorted((folder.path / "plots").glob("*.png")):
         tracker.image(picture.stem, picture, step)
     return closing(result, task.metric, sample, folder.path, report)
+
+
+def _sample(task: Any, model: Any) -> str:
+    """What the model writes; a failure there costs the sample, not the result."""
+    try:
+        return task.sample(model)
+    except Exception as error:  # generation runs through somebody else's loop
+        log.warning("no sample was generated: %s: %s", type(error).__name__, error)
+        return ""

@@ -215,6 +215,7 @@ class CharLMTask:
                 top_k=top_k,
                 top_p=top_p,
                 seed=seed,
+                num_symbols=256,  # a model may have room for more than bytes
                 show=lambda token: show(bytes([token])),
             )
         finally:

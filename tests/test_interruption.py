@@ -122,15 +122,18 @@ def test_two_data_workers_leave_the_saving_to_the_loop(tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.fault(13)
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
-def test_processes_of_torchrun_stop_after_the_same_step(tmp_path, which):
+@pytest.mark.parametrize(
+    ("which", "one_worker"), [(signal.SIGTERM, False), (signal.SIGUSR1, False), (signal.SIGUSR2, True)]
+)
+def test_processes_of_torchrun_stop_after_the_same_step(tmp_path, which, one_worker):
+    """Whether the launcher gets the signal and passes it on, or one worker alone."""
     long = [*small_run(tmp_path), *phases({"seq_len": 32, "batch_size": 4, "steps": 2000, "lr": 1e-3})]
     arguments = [*long, "train.log_every=1", "train.checkpoint_every=100000", "num_threads=1"]
     run_dir = tmp_path / "run"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     launcher.append("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")
     command = [sys.executable, *launcher, "train.py", *arguments, f"run_dir={run_dir}"]
-    code, out = stop_from_outside(command, run_dir, which, group=False)
+    code, out = stop_from_outside(command, run_dir, which, group=False, one_worker=one_worker)
     assert code != 0
     assert f"error: stopped by {which.name}" in out, out
     status = json.loads((run_dir / "status.json").read_text())
@@ -138,8 +141,11 @@ def test_processes_of_torchrun_stop_after_the_same_step(tmp_path, which):
     assert (run_dir / "checkpoints" / f"step-{status['step']}" / "manifest.json").exists()
 
 
-def stop_from_outside(command, run_dir, which=signal.SIGTERM, group=True):
-    """Start a command, send it (its group) a signal after its third step; (exit code, what it printed)."""
+def stop_from_outside(command, run_dir, which=signal.SIGTERM, group=True, one_worker=False):
+    """Start a command, send it (its group, the holder of its run folder) a signal after its third step.
+
+    Returns the exit code and what it printed.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
@@ -148,7 +154,8 @@ def stop_from_outside(command, run_dir, which=signal.SIGTERM, group=True):
         while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
             time.sleep(0.02)
-        (os.killpg if group else os.kill)(process.pid, which)
+        pid = json.loads((run_dir / "run.lock").read_text())["pid"] if one_worker else process.pid
+        (os.killpg if group else os.kill)(pid, which)
         out, _ = process.communicate(timeout=90)
     finally:
         if process.poll() is None:

@@ -13,7 +13,7 @@ from tests.command import metrics_of, phases, run_train, small_run
 STEPS = 10
 SCHEDULE = phases(
     {"seq_len": 32, "batch_size": 4, "steps": 6, "lr": 1e-2, "attention": {"window": [4, 12]}},
-    {"seq_len": 48, "batch_size": 4, "steps": 4, "lr": 5e-3},
+    {"seq_len": 48, "batch_size": 4, "steps": 4, "lr": 5e-3, "attention": {"dilation": 2}},
 )
 EVERY = ("train.log_every=2", "train.checkpoint_every=4", "train.eval_every=100", "train.keep_checkpoints=20")
 LOSS = tasks.char_lm.CharLMTask.loss

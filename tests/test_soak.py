@@ -13,11 +13,14 @@ from tests.command import metrics_of, phases, small_run
 from tests.helpers import ROOT
 from training.checkpoint import newest_sound
 
-STEPS = 160
-SCHEDULE = phases(
-    {"seq_len": 32, "batch_size": 4, "steps": 90, "lr": 1e-2, "warmup_steps": 9, "attention": {"window": [4, 12]}},
-    {"seq_len": 48, "batch_size": 4, "steps": 70, "lr": 5e-3, "reset_optimizer": True, "attention": {"dilation": 2}},
-)
+
+def schedule(steps):
+    """Two phases; the second has a new optimizer, and dilation beside the windows of the first."""
+    first = {"seq_len": 32, "batch_size": 4, "lr": 1e-2, "warmup_steps": 9, "attention": {"window": [4, 12]}}
+    second = {"seq_len": 48, "batch_size": 4, "lr": 5e-3, "reset_optimizer": True, "attention": {"dilation": 2}}
+    return phases({**first, "steps": steps * 5 // 9}, {**second, "steps": steps - steps * 5 // 9})
+
+
 EVERY = ("train.log_every=3", "train.checkpoint_every=4", "train.eval_every=40", "model.dropout=0.2", "num_threads=1")
 ACCUMULATED = "schedule.micro_batch_tokens=96"
 
@@ -27,21 +30,23 @@ def start(arguments, run_dir, log):
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
-def steps_done(run_dir):
-    """The step that metrics.jsonl has reached; 0 before its first line."""
+def steps_done(run_dir, before):
+    """The step that this process has brought metrics.jsonl to; 0 before it has made the file anew."""
     try:
-        lines = (run_dir / "metrics.jsonl").read_bytes().splitlines()
-        return json.loads(lines[-1])["step"] if lines else 0
-    except (FileNotFoundError, ValueError, KeyError):
+        file = run_dir / "metrics.jsonl"
+        if file.stat().st_ino == before:
+            return 0
+        return json.loads(file.read_bytes().splitlines()[-1])["step"]
+    except (FileNotFoundError, IndexError, ValueError, KeyError):
         return 0
 
 
-def kill_at(process, run_dir, target, rng):
-    """kill -9 once the run is at a step, somewhere between two of its log lines; the step, None if it had ended."""
-    while process.poll() is None and steps_done(run_dir) < target:
+def kill_at(process, run_dir, target, rng, before, resumed):
+    """kill -9 once a run has trained beyond where it went on and reached a step; that step, None if it had ended."""
+    while process.poll() is None and steps_done(run_dir, before) <= max(target - 1, resumed):
         time.sleep(0.002)
-    time.sleep(rng.random() * 0.1)
-    reached = steps_done(run_dir)
+    time.sleep(rng.random() * 0.05)  # anywhere between two log lines
+    reached = steps_done(run_dir, before)
     process.send_signal(signal.SIGKILL)
     return reached if process.wait() == -signal.SIGKILL else None
 
@@ -51,23 +56,26 @@ def kill_at(process, run_dir, target, rng):
 @pytest.mark.fault(14)
 @pytest.mark.timeout(1800)
 def test_kills_leave_no_trace(tmp_path, soak):
-    num_kills = 30 if soak else 3
+    num_kills, steps = (30, 600) if soak else (3, 120)
     rng = random.Random(1)
-    arguments = [*small_run(tmp_path), *SCHEDULE, *EVERY, ACCUMULATED]
+    arguments = [*small_run(tmp_path), *schedule(steps), *EVERY, ACCUMULATED]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     with open(tmp_path / "log", "w+b") as log:
         assert start(arguments, straight, log).wait() == 0, (tmp_path / "log").read_text()
         inside = []
-        for number, target in enumerate(sorted(rng.uniform(1, STEPS) for _ in range(num_kills)), start=1):
-            step = kill_at(start(arguments, killed, log), killed, target, rng)
+        for number, target in enumerate(sorted(rng.uniform(1, steps) for _ in range(num_kills)), start=1):
+            metrics, newest = killed / "metrics.jsonl", newest_sound(killed)
+            before = metrics.stat().st_ino if metrics.exists() else None
+            resumed = int(newest.name.partition("-")[2]) if newest else 0
+            step = kill_at(start(arguments, killed, log), killed, target, rng, before, resumed)
             newest = newest_sound(killed)
             print(
-                f"kill {number} of {num_kills}: meant for step {target:.1f}, "
+                f"kill {number} of {num_kills}: went on after step {resumed}, meant for step {target:.1f}, "
                 f"{'came too late' if step is None else f'after the line of step {step}'}, "
                 f"newest checkpoint {newest.name if newest else 'none'}",
                 flush=True,
             )
-            if step is not None and 0 < step < STEPS:
+            if step is not None and 0 < step < steps:
                 inside.append(step)
         last = start(arguments, killed, log)
         assert last.wait() == 0, (tmp_path / "log").read_text()[-3000:]
@@ -75,7 +83,7 @@ def test_kills_leave_no_trace(tmp_path, soak):
     assert len(inside) >= num_kills * 5 // 6
     assert metrics_of(killed) == metrics_of(straight)
     for name in ("model", "optimizer", "rng"):
-        file = f"checkpoints/step-{STEPS}/{name}.safetensors"
+        file = f"checkpoints/step-{steps}/{name}.safetensors"
         assert (killed / file).read_bytes() == (straight / file).read_bytes(), name
     results = [json.loads((folder / "result.json").read_text()) for folder in (straight, killed)]
     for timed in ("tokens_per_second", "train_seconds", "peak_memory_bytes"):

@@ -29,7 +29,7 @@ from training.tensor_file import nonfinite, read_all, read_model
 
 MODEL, OPTIMIZER, RNG = "model.safetensors", "optimizer.safetensors", "rng.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
-FORMAT = 1
+FORMAT = 2
 FOLDER, LATEST, BEST = "checkpoints", "latest", "best.json"
 REPLACED, DAMAGED = ".old-", ".damaged-"
 BEST_METRIC = "valid/loss"
@@ -137,16 +137,14 @@ def load_checkpoint(
     *,
     model: nn.Module,
     optimizer: Any = None,
-    map_location: str | torch.device = "cpu",
     restore_rng: bool = True,
     strict: bool = True,
 ) -> dict[str, Any]:
     """Restore a checkpoint into `model`, `optimizer` and the random generators; returns the caller's state.
 
     Order: manifest, sizes, digests, header, names with shapes and dtypes, finite values, and only then assignment, in
-    place, so that ties and the optimizer's references hold. `map_location`: device the tensors are read to on their
-    way. `strict=False` takes what fits and warns with the list of what was left out; an optimizer state that does not
-    fit is left out whole.
+    place, so that ties and the optimizer's references hold. `strict=False` takes what fits and warns with the list of
+    what was left out; an optimizer state that does not fit is left out whole.
 
     Raises CheckpointError naming the file, what was found and what was expected.
     """
@@ -158,12 +156,12 @@ def load_checkpoint(
     saved = _read_json(path / STATE)
     if missing := {"state", "optimizer", "rng"} - saved.keys():
         raise CheckpointError(f"{path / STATE} has no {', '.join(sorted(missing))}")
-    tensors, left_out = read_model(path / MODEL, model, map_location, strict=strict)
+    tensors, left_out = read_model(path / MODEL, model, strict=strict)
     check_finite(path / MODEL, tensors)
-    generators = read_all(path / RNG, "cpu")
+    generators = read_all(path / RNG)
     if optimizer is not None:
         try:
-            _load_optimizer(path, saved["optimizer"], optimizer, map_location)
+            _load_optimizer(path, saved["optimizer"], optimizer)
         except CheckpointError as error:
             if strict:
                 raise
@@ -213,7 +211,8 @@ def check_sizes(path: Path) -> dict[str, Any]:
     for name, entry in files.items():
         if not re.fullmatch(r"[\w.-]+", name):
             raise CheckpointError(f"{path / MANIFEST} lists {name!r}, which is not a plain file name")
-        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+        expected = {"size": int, "sha256": str}
+        if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in expected.items()):
             raise CheckpointError(f"{path / MANIFEST} gives {name} as {entry!r}, expected size and sha256")
         try:
             found = (path / name).stat().st_size
@@ -284,10 +283,10 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _load_optimizer(path: Path, values: Any, optimizer: Any, device: str | torch.device) -> None:
+def _load_optimizer(path: Path, values: Any, optimizer: Any) -> None:
     if values is None:
         raise CheckpointError(f"{path} holds no optimizer state; it can be evaluated, not trained further")
-    tensors = read_all(path / OPTIMIZER, device)
+    tensors = read_all(path / OPTIMIZER)
     check_finite(path / OPTIMIZER, tensors)
     try:
         optimizer.load_state_dict({"tensors": tensors, "values": values})

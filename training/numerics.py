@@ -1,9 +1,11 @@
 """What is kept of a batch whose loss or gradient is not finite, and when a run has had enough of them."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -11,20 +13,23 @@ from training.errors import NumericsError
 from training.files import write_json
 
 FOLDER = "nonfinite"
+log = logging.getLogger(__name__)
 
 
-def keep_batch(run_dir: Path, batch: Tensor | Mapping[str, Tensor], facts: Mapping[str, Any], rank: int) -> Path:
+def keep_batch(run_dir: Path, batch: Tensor, facts: Mapping[str, Any], rank: int) -> Path:
     """Write a process's batch and `facts` (step, phase, lr, loss …) to `run_dir/nonfinite/step-N`; returns that folder.
 
-    The batch is kept as it came from the task, before it went to a device, in `batch-rank-R.safetensors`.
+    The batch is kept as it came from the task, in `batch-rank-R.safetensors`. No room for it costs a warning.
     """
     folder = run_dir / FOLDER / f"step-{facts['step']}"
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"batch": batch} if isinstance(batch, Tensor) else batch
-    # cloned: rows of a larger memory would be refused by the format
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, folder / _name(rank))
-    if rank == 0:
-        write_json(folder / "facts.json", facts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # cloned: rows of a larger memory would be refused by the format
+        save_file({"batch": batch.detach().cpu().clone()}, folder / f"batch-rank-{rank}.safetensors")
+        if rank == 0:
+            write_json(folder / "facts.json", facts)
+    except (OSError, SafetensorError) as error:
+        log.warning("the batch of step %d could not be kept in %s: %s", facts["step"] + 1, folder, error)
     return folder
 
 
@@ -46,7 +51,3 @@ def stopped(facts: Mapping[str, Any], folder: Path) -> NumericsError:
         f"{folder}. Go on with a lower learning rate (schedule.phases.N.lr=… 'resume.allow_changes=[schedule]'), or "
         "with train.nonfinite=skip or rewind."
     )
-
-
-def _name(rank: int) -> str:
-    return f"batch-rank-{rank}.safetensors"

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import resource
 import sys
 import time
@@ -20,6 +21,13 @@ log = logging.getLogger(__name__)
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """A reader that has left, as `| head` does, is no reason to end a run: from here on it is silent."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class ProgressReporter:
     """Shows a run of `total_steps` updates in `num_phases` phases; silent unless `enabled`.
 
@@ -30,7 +38,7 @@ class ProgressReporter:
     def __init__(self, total_steps: int, num_phases: int, enabled: bool = True, console: Console | None = None):
         self._total = total_steps
         self._num_phases = num_phases
-        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._console = console or _Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._enabled = enabled
         self._clock = _Clock(total_steps)
         self._drawn = float("-inf")

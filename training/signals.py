@@ -4,14 +4,11 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGTERM = signal.SIGTERM
 HANDLED = (signal.SIGINT, SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-# a launcher passes on what the terminal has sent to every process already
-REPEAT_S = 2.0
 
 
 class Interrupted(BaseException):
@@ -34,7 +31,6 @@ class Signals:
         self.received: signal.Signals | None = None
         self._on_abort = on_abort
         self._held = False
-        self._first = 0.0
         self._former: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "Signals":
@@ -49,9 +45,11 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Signals wait in here until `received` is acted upon."""
+        """Signals wait in here until `received` is acted upon, or until the end."""
         with self._holding(True):
             yield
+        if self.received is not None:
+            raise Interrupted(self.received)
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
@@ -70,12 +68,12 @@ class Signals:
             self._held = former
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        received, now = signal.Signals(number), time.monotonic()
+        received = signal.Signals(number)
         if self.received is None:
-            self.received, self._first = received, now
+            self.received = received
             if not self._held:
                 raise Interrupted(received)
-        elif not (received == self.received and "TORCHELASTIC_RUN_ID" in os.environ and now - self._first < REPEAT_S):
+        else:
             self._on_abort(received.name)
             os._exit(exit_code(received))
 

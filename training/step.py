@@ -60,7 +60,9 @@ def forward_backward(
         num_targets += count
         for name, value in {"loss": loss_sum, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
-    counts = torch.tensor([num_targets, stop()], dtype=torch.float64, device=dist.device)
+    # page-locked, or a GPU would be waited for here
+    counts = torch.tensor([num_targets, stop()], dtype=torch.float64, pin_memory=dist.device.type == "cuda")
+    counts = counts.to(dist.device, non_blocking=True)
     totals = dist.all_reduce_sum(torch.cat([counts, torch.stack(list(sums.values()))]))
     parameters = [parameter for parameter in unwrap(forward).parameters() if parameter.grad is not None]
     for parameter in parameters:

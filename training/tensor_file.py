@@ -62,31 +62,29 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return found
 
 
-def open_tensors(path: Path, device: str | torch.device) -> Any:
+def open_tensors(path: Path) -> Any:
     """A safetensors file opened for reading (a context manager); CheckpointError for a broken header."""
     try:
-        return safe_open(path, framework="pt", device=str(device))
+        return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def read_all(path: Path, device: str | torch.device) -> dict[str, Tensor]:
+def read_all(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file by name."""
-    with open_tensors(path, device) as file:
+    with open_tensors(path) as file:
         names = file.keys()
         return {name: file.get_tensor(name) for name in names}
 
 
-def read_model(
-    path: Path, model: nn.Module, device: str | torch.device, *, strict: bool = True
-) -> tuple[dict[str, Tensor], list[str]]:
+def read_model(path: Path, model: nn.Module, *, strict: bool = True) -> tuple[dict[str, Tensor], list[str]]:
     """(tensor of `path` by name in the model's state, lines naming what was left out because it does not fit).
 
     Names, shapes and dtypes are compared first. `strict`: nothing may be left out; CheckpointError then has a table
     of what differs. Raises CheckpointError in both cases for a file of which nothing fits.
     """
     own = model.state_dict()
-    with open_tensors(path, device) as file:
+    with open_tensors(path) as file:
         aliases = _aliases(path, file)
         found = {}
         names = file.keys()

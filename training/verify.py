@@ -39,7 +39,7 @@ def inspect_checkpoint(path: Path) -> Finding:
         for name in manifest["files"]:
             if not name.endswith(".safetensors"):
                 continue
-            tensors = read_all(path / name, "cpu")
+            tensors = read_all(path / name)
             bad = nonfinite(tensors)
             num_tensors, num_nonfinite = num_tensors + len(tensors), num_nonfinite + sum(bad.values())
             for tensor, count in bad.items():

@@ -101,3 +101,18 @@ def test_caps_shorten_warm_up_in_proportion():
     cfg = compose_config([*TINY, f"schedule.phases=[{phase}]", cap, "model.attention.window=[8,[3,9,3,3]]"])
     (layers,) = phase_patterns(cfg, effective_phases(cfg))
     assert [pattern.window for pattern in layers] == [(5, 5, 5, 5), (3, 5, 3, 3)]
+
+
+def test_each_phase_holds_what_any_of_them_names(tmp_path):
+    """So a model that went on to a later phase can be set back to an earlier one."""
+    shared = "seq_len:32,batch_size:2,steps:2,lr:0.01"
+    named = f"schedule.phases=[{{{shared},attention:{{window:4}}}},{{{shared},attention:{{dilation:2}}}}]"
+    cfg = compose_config([named, "model.num_layers=2", "model.attention.window=[8,16]"])
+    assert [phase.attention for phase in effective_phases(cfg)] == [
+        {"window": 4, "dilation": 1},
+        {"window": 4, "dilation": 2},
+    ]
+
+
+def test_phases_that_name_nothing_leave_the_model_alone():
+    assert all(phase.attention == {} for phase in effective_phases(compose_config([])))

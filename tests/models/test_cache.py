@@ -81,13 +81,23 @@ def test_what_is_kept_does_not_grow_with_the_text():
     def kept():
         return [sum(part.untyped_storage().nbytes() for part in layer._buffers) for layer in cache.layers]
 
-    model(ids, cache=cache)
+    for _ in range(8):
+        model(ids, cache=cache)
     start = kept()
     token = 2 * 2 * 16 * 8  # a key and a value of 16 float64 in each of two texts
     assert start == [token * (reach + max(MIN_SPARE, reach // 4)) for reach in (2, 120, 500)]
     for _ in range(40):
         model(ids, cache=cache)
-    assert kept() == start and cache.position == 4_100
+    assert kept() == start and cache.position == 4_800
+
+
+def test_a_window_wider_than_any_text_takes_the_room_of_the_text():
+    cache = LayerCache(1, WindowPattern((10**9,), (1,), True))
+    numbers = torch.arange(3_000.0).view(1, -1, 1, 1)
+    for first in range(0, 3_000, 100):
+        keys, _, start = cache.append(numbers[:, first : first + 100], numbers[:, first : first + 100])
+        assert start == first and torch.equal(keys, numbers[:, : first + 100])
+    assert cache._buffers[0].shape[1] < 2 * 3_000
 
 
 def test_the_keys_handed_out_are_those_within_reach():

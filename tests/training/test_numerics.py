@@ -20,15 +20,15 @@ def test_the_batch_is_there_to_be_looked_at(tmp_path):
     assert json.loads((folder / "facts.json").read_text()) == FACTS | {"loss": "nan", "grad_norm": "inf"}
 
 
-def test_each_process_keeps_its_own_and_a_batch_may_have_several_tensors(tmp_path):
+def test_each_process_keeps_its_own(tmp_path):
     for rank in (0, 1):
-        folder = keep_batch(tmp_path, {"ids": torch.full((2,), rank), "valid": torch.ones(2)}, FACTS, rank)
+        folder = keep_batch(tmp_path, torch.full((2,), rank), FACTS, rank)
     assert sorted(path.name for path in folder.iterdir()) == [
         "batch-rank-0.safetensors",
         "batch-rank-1.safetensors",
         "facts.json",
     ]
-    assert load_file(folder / "batch-rank-1.safetensors")["ids"].tolist() == [1, 1]
+    assert load_file(folder / "batch-rank-1.safetensors")["batch"].tolist() == [1, 1]
 
 
 def test_the_limit_is_named_with_what_to_do(tmp_path):
@@ -43,3 +43,10 @@ def test_a_stop_names_the_step_the_weights_and_the_batch(tmp_path):
     assert isinstance(error, NumericsError)
     for part in ("loss nan", "gradient norm inf", "step 8", "checkpoints/step-7", "nonfinite/step-7", "allow_changes"):
         assert part in str(error)
+
+
+def test_a_batch_that_cannot_be_kept_costs_a_warning(tmp_path, caplog):
+    (tmp_path / "nonfinite").write_text("in the way")
+    keep_batch(tmp_path, torch.ones(2), FACTS, rank=0)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the batch of step 8 could not be kept" in caplog.text
