@@ -4,6 +4,7 @@ import codecs
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from configs.cli import entry
@@ -20,6 +21,7 @@ def main(cfg) -> None:
     from eval import open_run
     from training.distributed import choose_device
     from training.precision import autocast
+    from training.signals import Signals
 
     device = choose_device(cfg.device)
     run = open_run(cfg.run_dir, cfg.checkpoint, device=device, strict=cfg.strict, num_threads=cfg.num_threads)
@@ -34,8 +36,9 @@ def main(cfg) -> None:
         row, added = {"input": name, "prompt": _text(prompt[-SHOWN:])}, bytearray()
         show = added.extend if several else terminal(row["prompt"], added)
         try:
-            with autocast(run.precision, device):
-                run.task.continue_text(run.model, prompt, **how, show=show)
+            with autocast(run.precision, device), Signals() as signals, signals.held():
+                # looked for between two pieces: thrown anywhere, an interruption may be lost in a library
+                run.task.continue_text(run.model, prompt, **how, show=partial(stoppable, show, signals))
         finally:
             # what came before an interruption stays
             row |= {
@@ -52,6 +55,13 @@ def main(cfg) -> None:
                     file.write(line + "\n")
             elif several:
                 print(line, flush=True)
+
+
+def stoppable(show: Callable[[bytes], None], signals, piece: bytes) -> None:
+    """Show a piece; Interrupted where a signal came."""
+    show(piece)
+    if signals.received is not None:
+        raise signals.interruption()
 
 
 def find_inputs(cfg) -> dict[str, bytes]:

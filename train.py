@@ -69,7 +69,10 @@ def run(cfg, phases, task, path, dist) -> None:
         if dist.is_main:
             on_exit.enter_context(folder.lock())
             on_exit.enter_context(folder.log_file())
-        signals = Signals(on_abort=lambda name: leave_word("failed", reason=f"a second signal, {name}"))
+        signals = Signals(
+            on_abort=lambda name: leave_word("failed", reason=f"a second signal, {name}"),
+            advice="the same command with this run_dir goes on",
+        )
         on_exit.enter_context(signals)
         dist.barrier()
         session = None
@@ -182,7 +185,6 @@ def open_folder(cfg, folder, step, on_exit):
 def train(session) -> None:
     """The loop: validate, step, log, save, until the last step or a signal."""
     from training.schedule import locate
-    from training.signals import SIGTERM, Interrupted
 
     cfg, state = session.cfg, session.state
     phase_steps, started = [phase.steps for phase in session.phases], state["step"]
@@ -218,7 +220,7 @@ def train(session) -> None:
                 session.save(index)
             if numbers.stop:
                 session.ensure_saved()
-                raise Interrupted(session.signals.received or SIGTERM)  # another process may have got it
+                raise session.signals.interruption()
         if started < session.num_steps:
             session.ensure_saved()
         stop_together(session)
@@ -228,11 +230,9 @@ def stop_together(session) -> None:
     """Interrupted on all processes where one of them has been sent a signal since its last step."""
     import torch
 
-    from training.signals import SIGTERM, Interrupted
-
-    received = session.signals.received
-    if session.dist.all_reduce_sum(torch.tensor(float(received is not None), device=session.dist.device)) > 0:
-        raise Interrupted(received or SIGTERM)
+    received = float(session.signals.received is not None)
+    if session.dist.all_reduce_sum(torch.tensor(received, device=session.dist.device)) > 0:
+        raise session.signals.interruption()
 
 
 def begin_phase(session, index, phase_step) -> None:

@@ -237,7 +237,7 @@ def test_ctrl_c_keeps_what_was_written(run, tmp_path):
         rest, error = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130 and error == b"error: interrupted\n"
+    assert process.returncode == 130 and error == b"error: stopped by SIGINT\n"
     (row,) = rows_of(tmp_path / "o.jsonl")
     assert (row["prompt"], row["complete"]) == ("the cat", False)
     # a character that was cut in half shows in the row alone

@@ -7,15 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-SIGTERM = signal.SIGTERM
-HANDLED = (signal.SIGINT, SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(BaseException):
     """A signal ends the run. Like KeyboardInterrupt no error of the work itself: `except Exception` lets it pass."""
 
-    def __init__(self, number: signal.Signals):
-        super().__init__(f"stopped by {number.name}; the same command with this run_dir goes on")
+    def __init__(self, number: signal.Signals, advice: str = ""):
+        super().__init__(f"stopped by {number.name}" + (f"; {advice}" if advice else ""))
         self.number = number
         self.exit_code = exit_code(number)
 
@@ -24,12 +23,13 @@ class Signals:
     """Catches the signals of HANDLED while it is entered, in the main thread; elsewhere it does nothing.
 
     A signal raises Interrupted at once, inside `held` it waits: the code there looks at `received` when it has
-    something whole to leave behind. The second one calls `on_abort(its name)` and ends the process without clean-up.
+    something whole to leave behind, and raises `interruption()`, whose message `advice` ends. The second one calls
+    `on_abort(its name)` and ends the process without clean-up.
     """
 
-    def __init__(self, on_abort: Callable[[str], None] = lambda name: None):
+    def __init__(self, on_abort: Callable[[str], None] = lambda name: None, advice: str = ""):
         self.received: signal.Signals | None = None
-        self._on_abort = on_abort
+        self._on_abort, self._advice = on_abort, advice
         self._held = False
         self._former: dict[signal.Signals, object] = {}
 
@@ -43,19 +43,23 @@ class Signals:
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._former = {}
 
+    def interruption(self) -> Interrupted:
+        """What to raise for the signal received; another process may have got it, then it counts as SIGTERM."""
+        return Interrupted(self.received or signal.SIGTERM, self._advice)
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Signals wait in here until `received` is acted upon, or until the end."""
         with self._holding(True):
             yield
         if self.received is not None:
-            raise Interrupted(self.received)
+            raise self.interruption()
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
         """Inside `held`: a stretch that may be left anywhere, also by a signal that waits already."""
         if self.received is not None:
-            raise Interrupted(self.received)
+            raise self.interruption()
         with self._holding(False):
             yield
 
@@ -72,7 +76,7 @@ class Signals:
         if self.received is None:
             self.received = received
             if not self._held:
-                raise Interrupted(received)
+                raise self.interruption()
         else:
             self._on_abort(received.name)
             os._exit(exit_code(received))
