@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ def train(session) -> None:
                     validate(session)
             index, phase_step = locate(state["step"], phase_steps)
             if session.batches is None or phase_step == 0:
-                begin_phase(session, index, phase_step)
+                session.batches = begin_phase(session, index, phase_step)
             batch = next(session.batches)
             lr, numbers = session.compute_gradients(batch, index, phase_step)
             if not numbers.is_finite:
@@ -235,15 +236,15 @@ def stop_together(session) -> None:
         raise session.signals.interruption()
 
 
-def begin_phase(session, index, phase_step) -> None:
-    """The attention, the optimizer and the batches of a phase, from one of its steps on."""
+def begin_phase(session, index, phase_step) -> Iterator:
+    """Set attention and optimizer for a phase; its batches, from one of its steps on."""
     from configs.phases import set_phase_attention
 
     cfg, phase, dist = session.cfg, session.phases[index], session.dist
     set_phase_attention(session.model, session.phases, index)
     if phase.reset_optimizer and phase_step == 0 and index > 0:
         session.optimizer = make_optimizer(cfg, session.model)
-    session.batches = iter(
+    return iter(
         session.task.batches(
             "train",
             seq_len=phase.seq_len,

@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.timing import Spread, environment, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
+ABOUT = "What checkpoints cost the default experiment, in pairs of runs with and without them."
 MAX_COST = 0.05
 NEVER = 10**9
 QUIET = ("tracker.wandb.mode=disabled", "tracker.tensorboard=false", "task.sample_chars=0", "eval.share=0.001")
@@ -62,18 +63,15 @@ def measure(num_pairs: int, steps: int, every: int, extra: list[str]) -> list[Ro
             cost = seconds[every] / seconds[NEVER] - 1
             rows.append(Row(str(pair), steps, every, seconds[every], seconds[NEVER], cost))
             print(f"pair {pair + 1} of {num_pairs}: {seconds[every]:.2f} s against {seconds[NEVER]:.2f} s, {cost:+.1%}")
-    spread, middle = Spread.of([row.cost for row in rows]), [Spread.of(times).median for times in _times(rows)]
-    rows.append(Row("median", steps, every, *middle, spread.median, spread.low, spread.high))
+    cost = Spread.of([row.cost for row in rows])
+    seconds, without = (Spread.of([getattr(row, name) for row in rows]) for name in ("seconds", "seconds_without"))
+    rows.append(Row("median", steps, every, seconds.median, without.median, cost.median, cost.low, cost.high))
     return rows
-
-
-def _times(rows):
-    return [row.seconds for row in rows], [row.seconds_without for row in rows]
 
 
 def main() -> None:
     """Measure, print, write the CSV; exit code 1 where the median cost is over the limit."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpointing", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpointing", description=ABOUT)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints")

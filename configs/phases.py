@@ -36,7 +36,8 @@ def effective_phases(cfg: DictConfig) -> list[PhaseConfig]:
 
 def _model_attention(cfg: DictConfig, names: set[str]) -> dict[str, Any]:
     """These attention options as the model has them, given or by default; what it has not is left out."""
-    node: Any = OmegaConf.to_container(cfg.model, resolve=True).get("attention")
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    node = model.get("attention")
     if not names or not isinstance(node, dict):
         return {}
     parameters = inspect.signature(target_class(node, "model.attention")).parameters

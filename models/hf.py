@@ -73,10 +73,9 @@ def _classes() -> tuple[Any, Any]:
             return next(self.model.parameters()).device
 
         def forward(self, input_ids, **unused):
-            logits = None
-            for piece in input_ids[:, self.read.position :].split(PIECE, dim=1):
-                logits = self.model(piece, cache=self.read)[:, -1:]
-            return CausalLMOutput(logits=logits[..., : self.num_symbols])
+            pieces = input_ids[:, self.read.position :].split(PIECE, dim=1)
+            *_, logits = (self.model(piece, cache=self.read)[:, -1:, : self.num_symbols] for piece in pieces)
+            return CausalLMOutput(logits=logits)
 
         def prepare_inputs_for_generation(self, input_ids, **unused):
             return {"input_ids": input_ids}

@@ -64,9 +64,10 @@ def forward_backward(
     counts = torch.tensor([num_targets, stop()], dtype=torch.float64, pin_memory=dist.device.type == "cuda")
     counts = counts.to(dist.device, non_blocking=True)
     totals = dist.all_reduce_sum(torch.cat([counts, torch.stack(list(sums.values()))]))
-    parameters = [parameter for parameter in unwrap(forward).parameters() if parameter.grad is not None]
+    parameters = list(unwrap(forward).parameters())
     for parameter in parameters:
-        parameter.grad.mul_(1 / totals[0])
+        if parameter.grad is not None:
+            parameter.grad.mul_(1 / totals[0])
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
     # the one place where the host waits for the device: nothing is updated that has not been looked at
     targets, stops, *values, norm = torch.cat([totals, grad_norm.double()[None]]).tolist()
