@@ -2,11 +2,14 @@
 
 import io
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from rich.console import Console
 
+from tests.helpers import ROOT
 from training import progress
 from training.progress import ProgressReporter, describe, format_duration, peak_memory_bytes, reset_peak_memory
 
@@ -99,3 +102,21 @@ def test_peak_memory_counts_from_the_reset():
     held = torch.ones(128 * 2**20, dtype=torch.uint8)
     assert peak_memory_bytes("cpu") > without + 100 * 2**20
     del held
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(tmp_path):
+    """As `python train.py | head` does."""
+    script = (
+        "import pathlib, sys\n"
+        "from training.progress import ProgressReporter\n"
+        "reporter = ProgressReporter(3, 1)\n"
+        "for step in range(9): reporter.message('x' * 100_000)\n"
+        "pathlib.Path(sys.argv[1]).write_text('went on')\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "end")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        error = process.stderr.read()
+    assert (process.returncode, error) == (0, b"")
+    assert (tmp_path / "end").read_text() == "went on"
