@@ -85,3 +85,11 @@ def test_what_is_shown_stays_when_it_is_interrupted():
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match=r"prompt must be \[T\] with at least one token, got \(0,\)"):
         hf.generate(tiny_model(), torch.zeros(0, dtype=torch.int64), length=3)
+
+
+def test_tokens_beyond_the_symbols_are_never_taken():
+    """A model may have room for more than a byte can say."""
+    model = tiny_model().eval()
+    free = hf.generate(model, text(30, batch=1)[0], length=60, temperature=5.0)
+    assert free.max() >= 5
+    assert hf.generate(model, text(30, batch=1)[0], length=60, temperature=5.0, num_symbols=5).max() < 5
