@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +54,10 @@ def complete_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return complete
 
 
-def newest_sound(
-    run_dir: Path, *, set_aside: bool = False, report: Callable[[str], object] = log.warning
-) -> Path | None:
+def newest_sound(run_dir: Path, *, set_aside: bool = False) -> Path | None:
     """The newest checkpoint whose manifest, sizes and digests are right; None where there is no checkpoint at all.
 
-    Each damaged one above it is told to `report`: file, what was found, what was expected, what is used instead.
+    A warning tells of each damaged one above it: file, what was found, what was expected, what is used instead.
     `set_aside` (only for the holder of the run's lock) renames it, so that it is never met again.
 
     Raises CheckpointError where there are checkpoints and none is sound; nothing is renamed then.
@@ -74,7 +71,9 @@ def newest_sound(
             continue
         for broken, error in damaged:
             kept = _set_aside(broken) if set_aside else broken
-            report(f"{error}. {path.name} is used instead; the damaged one stays as {kept} until you delete it.")
+            log.warning(
+                "%s. %s is used instead; the damaged one stays as %s until you delete it.", error, path.name, kept
+            )
         if damaged and set_aside:
             point_link(path.parent / LATEST, path.name)
         return path

@@ -59,17 +59,24 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f"{path.name}{UNFINISHED}{secrets.token_hex(4)}")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a reader, or a crash, meets the old file or the new one."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` at the end; a reader, or a crash, meets the old one or the new."""
     temporary = temporary_beside(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from training.environment import describe_environment
 from training.errors import RunDirError
-from training.files import point_link, sync, temporary_beside, to_json, write_json, write_text
+from training.files import point_link, replacing, to_json, write_json, write_text
 from training.run_lock import hold, settled
 
 log = logging.getLogger(__name__)
@@ -118,21 +118,14 @@ class RunDir:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
-        temporary, num_broken = temporary_beside(path), 0
-        try:
-            with open(path, "rb") as old, open(temporary, "wb") as new:
-                for line in old:
-                    kept = _is_kept(line, step)
-                    # the last line may lack its end, that is how a killed process leaves it
-                    num_broken += kept is None and line.endswith(b"\n")
-                    if kept:
-                        new.write(line)
-            sync(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync(self.path)
+        num_broken = 0
+        with replacing(path) as temporary, open(path, "rb") as old, open(temporary, "wb") as new:
+            for line in old:
+                kept = _is_kept(line, step)
+                # the last line may lack its end, that is how a killed process leaves it
+                num_broken += kept is None and line.endswith(b"\n")
+                if kept:
+                    new.write(line)
         if num_broken:
             log.warning("%s: %d line(s) were no JSON with a step and are dropped", path, num_broken)
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kernels.window_attention import blocked, window_attention
 from tests.kernels.window import (
     MASKS,
+    assert_blocked_is_the_oracle,
     assert_same,
     by_loops,
     error,
@@ -88,7 +89,7 @@ def test_the_oracle_is_the_definition(mask, relative, causal, key_heads):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_blocked_is_the_oracle(case, causal, relative):
     inputs, options = build(case, causal, relative)
-    assert_same(run(inputs, **options, impl="blocked"), run(inputs, **options, impl="reference"))
+    assert_blocked_is_the_oracle(inputs, options)
 
 
 @TERMS
@@ -99,7 +100,7 @@ def test_blocked_is_the_oracle_in_small_chunks(monkeypatch, causal, relative):
     monkeypatch.setattr(blocked, "KEEP_BYTES", 0)
     for name in ("many_blocks_holes", "mixed_heads_long", "grouped_query"):
         inputs, options = build(CASES[name], causal, relative)
-        assert_same(run(inputs, **options, impl="blocked"), run(inputs, **options, impl="reference"))
+        assert_blocked_is_the_oracle(inputs, options)
 
 
 @st.composite
@@ -119,7 +120,7 @@ def drawn_cases(draw):
 @given(drawn_cases())
 def test_blocked_is_the_oracle_on_drawn_cases(drawn):
     inputs, options = build(*drawn)
-    assert_same(run(inputs, **options, impl="blocked"), run(inputs, **options, impl="reference"))
+    assert_blocked_is_the_oracle(inputs, options)
 
 
 @pytest.mark.parametrize("impl", ["reference", "blocked"])

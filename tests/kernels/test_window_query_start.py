@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from kernels.window_attention import blocked, window_attention
 from tests.kernels.test_window_runtime import LargestTensor
-from tests.kernels.window import MASKS, assert_same, by_loops, error, make_inputs, make_valid, num_columns, run
+from tests.kernels.window import (
+    MASKS,
+    assert_blocked_is_the_oracle,
+    by_loops,
+    error,
+    make_inputs,
+    make_valid,
+    num_columns,
+)
 
 SIDES = pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_sides"])
 TERMS = pytest.mark.parametrize("relative", [False, True], ids=["content", "relative"])
@@ -70,7 +78,7 @@ def test_the_oracle_is_the_definition(start, mask, causal, relative):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_blocked_is_the_oracle(case, causal, relative):
     inputs, options = build(case, causal, relative)
-    assert_same(run(inputs, **options, impl="blocked"), run(inputs, **options, impl="reference"))
+    assert_blocked_is_the_oracle(inputs, options)
 
 
 @TERMS
@@ -80,7 +88,7 @@ def test_blocked_is_the_oracle_in_small_chunks(monkeypatch, causal, relative):
     monkeypatch.setattr(blocked, "KEEP_BYTES", 0)
     for name in ("many_rows_at_the_end_masked", "rows_run_past_the_keys_masked", "dilation_above_rows"):
         inputs, options = build(CASES[name], causal, relative)
-        assert_same(run(inputs, **options, impl="blocked"), run(inputs, **options, impl="reference"))
+        assert_blocked_is_the_oracle(inputs, options)
 
 
 @st.composite
@@ -100,7 +108,7 @@ def drawn_cases(draw):
 @given(drawn_cases())
 def test_blocked_is_the_oracle_on_drawn_cases(drawn):
     inputs, options = build(*drawn)
-    assert_same(run(inputs, **options, impl="blocked"), run(inputs, **options, impl="reference"))
+    assert_blocked_is_the_oracle(inputs, options)
 
 
 @pytest.mark.parametrize("impl", ["reference", "blocked"])

@@ -95,6 +95,11 @@ def assert_same(actual: dict, expected: dict, tolerance: float = 1e-12) -> None:
     assert max(errors.values()) <= tolerance, errors
 
 
+def assert_blocked_is_the_oracle(inputs: dict, options: dict) -> None:
+    """Values and all gradients of the two paths agree."""
+    assert_same(run(inputs, **options, impl="blocked"), run(inputs, **options, impl="reference"))
+
+
 def by_loops(
     query,
     key,

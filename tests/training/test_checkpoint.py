@@ -104,23 +104,22 @@ def cut_half(file: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["model", "optimizer"])
-def test_the_one_before_a_damaged_checkpoint_is_used_and_that_is_told(tmp_path, damage, told, name):
+def test_the_one_before_a_damaged_checkpoint_is_used_and_that_is_told(tmp_path, caplog, damage, told, name):
     model, optimizer = make()
     train(model, optimizer, range(1))
     good, broken = (save(tmp_path, step, model, optimizer) for step in (10, 20))
     damage(broken / f"{name}.safetensors")
-    messages = []
-    assert newest_sound(tmp_path, report=messages.append) == good
-    assert len(messages) == 1
+    assert newest_sound(tmp_path) == good
+    assert len(caplog.messages) == 1
     pattern = rf"step-20/{name}.safetensors {told}. step-10 is used instead; the damaged one stays as \S+step-20 until"
-    assert re.search(pattern, messages[0])
-    assert newest_sound(tmp_path, report=messages.append, set_aside=True) == good
+    assert re.search(pattern, caplog.messages[0])
+    assert newest_sound(tmp_path, set_aside=True) == good
     names = sorted(path.name for path in good.parent.iterdir())
     assert names[:2] == ["latest", "step-10"] and names[2].startswith("step-20.damaged-") and len(names) == 3
-    assert names[2] in messages[1]
+    assert names[2] in caplog.messages[1]
     assert os.readlink(good.parent / "latest") == "step-10"
     assert sweep_stale(tmp_path) == []
-    assert newest_sound(tmp_path, report=pytest.fail) == good
+    assert newest_sound(tmp_path) == good and len(caplog.messages) == 2
 
 
 def test_newest_sound_of_nothing_is_none(tmp_path):

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tests.helpers import ROOT
-from training import environment, run_dir
+from training import environment, files, run_dir
 from training.errors import RunDirError
 from training.run_dir import RunDir, create_run_dir
 
@@ -186,7 +186,7 @@ def test_a_cut_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     run = RunDir(tmp_path)
     run.log_metrics({"step": 1})
     run.log_metrics({"step": 2})
-    monkeypatch.setattr(run_dir, "sync", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         run.truncate_metrics(1)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
