@@ -1,6 +1,6 @@
 """Score a trained run: python eval.py run_dir=DIR|checkpoint=PATH [split=test] [share=…] [protocol=…]."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ def open_run(
     strict: bool = True,
     num_threads: int | None = None,
     data: Mapping[str, Any] | None = None,
+    choose: Callable[[Path], Path | None] | None = None,
 ) -> OpenedRun:
     """Build the task and the model of a run and load its newest sound checkpoint, or the one at `checkpoint`.
 
-    `data`: entries of the run's data node to replace. Raises ConfigError where there is no run, CheckpointError where
+    `data`: entries of the run's data node to replace. `choose`: what finds the newest sound checkpoint of a folder,
+    where several processes must take the same one (default `training.checkpoint.newest_sound`). Raises ConfigError where there is no run, CheckpointError where
     there is no checkpoint that fits, is whole and is ours.
     """
     import torch
@@ -49,7 +51,7 @@ def open_run(
 
     path = Path(run_dir).expanduser() if run_dir is not None else _run_of(Path(str(checkpoint)).expanduser())
     config = load_run(path)
-    chosen = Path(checkpoint).expanduser() if checkpoint is not None else newest_sound(path)
+    chosen = Path(checkpoint).expanduser() if checkpoint is not None else (choose or newest_sound)(path)
     if chosen is None:
         raise CheckpointError(f"{path} holds no complete checkpoint yet")
     if num_threads or config.num_threads:
@@ -82,11 +84,19 @@ def main(cfg) -> None:
     """The task's official score of a checkpoint; printed and written to `eval/<split>-step-N.json` of its run."""
     from configs.run import check_same_data, evaluation_settings
     from configs.schema import ConfigError
+    from training.checkpoint import newest_sound
     from training.distributed import Distributed
     from training.evaluation import evaluate
     from training.run_dir import RunDir
 
     with Distributed(cfg.device) as dist:
+
+        def choose(path):
+            # training may still go on: each process for itself might find another one
+            newest = newest_sound(path) if dist.is_main else None
+            chosen = dist.broadcast_object(None if newest is None else str(newest))
+            return None if chosen is None else Path(chosen)
+
         run = open_run(
             cfg.run_dir,
             cfg.checkpoint,
@@ -94,6 +104,7 @@ def main(cfg) -> None:
             strict=cfg.strict,
             num_threads=cfg.num_threads,
             data=cfg.data,
+            choose=choose,
         )
         settings = evaluation_settings(cfg, run.config)
         task, step = run.task, run.state["step"]

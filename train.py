@@ -152,6 +152,12 @@ def resume_or_start(session) -> None:
         step = session.state["step"]
         check_same_data(saved["data"], session.task.fingerprint, str(path))
         check_schedule(session.num_steps, step, str(path))
+        processes = saved["world_size"]
+        if processes != session.dist.world_size:
+            session.progress.message(
+                f"{path.name} is of {processes} process(es), now there are {session.dist.world_size}: the "
+                "batches stay the same, sums are rounded in another order and dropout draws other numbers"
+            )
         # not the phase it was saved in: the schedule may have been changed since
         done, _ = locate(max(step - 1, 0), [phase.steps for phase in session.phases])
         set_phase_attention(session.model, session.phases, done)

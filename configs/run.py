@@ -13,8 +13,9 @@ from configs.saved import flatten, read_yaml, refuse_lookups
 from configs.schema import ConfigError
 
 CONFIG = "config.yaml"
-# settings of the place a run runs in and of how it is watched over, not of what it computes
-LOCAL_KEYS = ("run_dir", "device", "num_threads", "data", "tracker", "train", "resume")
+# settings of the place a run runs in and of how it is watched over, not of what it computes: they may change
+LOCAL_KEYS = ("device", "num_threads", "data", "tracker", "train")
+OWN_KEYS = ("run_dir", "resume")  # of a start, not of the run
 MAX_SHOWN = 40  # changes
 ABSENT = object()
 
@@ -59,7 +60,7 @@ def run_files(cfg: DictConfig, run_dir: Path | None = None, step: int = 0) -> di
         return files
     former = f"config-until-step-{step}.yaml"
     # what stands there already made these steps; a later change at the same step made none
-    if (run_dir / former).exists() or not _changes(load_run(run_dir), cfg):
+    if (run_dir / former).exists() or all(_is_under(key, LOCAL_KEYS) for key in _changes(load_run(run_dir), cfg)):
         return files
     return {former: (run_dir / CONFIG).read_text(encoding="utf-8"), **files}
 
@@ -67,16 +68,16 @@ def run_files(cfg: DictConfig, run_dir: Path | None = None, step: int = 0) -> di
 def check_same_run(run_dir: Path, cfg: DictConfig) -> list[str]:
     """Compare `cfg` with the configuration that a run folder holds already.
 
-    Returns the differences that `cfg.resume.allow_changes` lets pass, as lines `- key: value there` and
-    `+ key: value now`. Raises ConfigError listing those that nothing allows, those that no entry can allow (the task,
-    the shapes of the model), and for an entry that names no key.
+    Returns the differences that pass, as lines `- key: value there` and `+ key: value now`: those of the place it runs
+    in (LOCAL_KEYS) and those that `cfg.resume.allow_changes` lets pass. Raises ConfigError listing those that nothing
+    allows, those that no entry can allow (the task, the shapes of the model), and for an entry that names no key.
     """
     allowed = list(cfg.resume.allow_changes)
     saved = load_run(run_dir) if (run_dir / CONFIG).is_file() else cfg
     _check_entries(allowed, plain(saved), plain(cfg))
     changes = _changes(saved, cfg)
     shown = [line for key, pair in changes.items() for line in _lines(key, *pair)]
-    refused = [key for key in changes if not _is_under(key, allowed)]
+    refused = [key for key in changes if not _is_under(key, (*allowed, *LOCAL_KEYS))]
     fault = _unfit(saved, cfg, list(changes))
     if not refused and not fault:
         return shown
@@ -113,12 +114,12 @@ def check_schedule(num_steps: int, step: int, checkpoint: str) -> None:
 
 
 def _changes(saved: DictConfig, cfg: DictConfig) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (value there, value now), ABSENT for none, of what is not local and differs."""
+    """Dotted key -> (value there, value now), ABSENT for none, of what differs."""
     there, now = flatten(plain(saved)), flatten(plain(cfg))
     # an empty group is as good as none: what stands in it is a key of its own
     there, now = ({key: value for key, value in flat.items() if value != {}} for flat in (there, now))
     pairs = {key: (there.get(key, ABSENT), now.get(key, ABSENT)) for key in {**now, **there}}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not _is_under(key, LOCAL_KEYS)}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not _is_under(key, OWN_KEYS)}
 
 
 def _is_under(key: str, entries: Iterable[str]) -> bool:

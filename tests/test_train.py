@@ -218,11 +218,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, no_report):
         {"seq_len": 64, "batch_size": 4, "steps": 10, "lr": 5e-3, "attention": {"window": [4, 12]}},
     )
     arguments = [*small_run(tmp_path), *schedule, "train.eval_every=5", "schedule.micro_batch_tokens=64"]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
-    ended = subprocess.run(
-        [sys.executable, *command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=200
-    )
-    assert ended.returncode == 0, ended.stderr
+    run_by_two(tmp_path, "train.py", *arguments)
     (two,) = (path for path in (tmp_path / "runs" / "default").iterdir() if not path.is_symlink())
     one = tmp_path / "one"
     assert run_train(*arguments, f"run_dir={one}", cwd=tmp_path).code == 0
@@ -232,3 +228,17 @@ def test_two_processes_give_the_losses_of_one(tmp_path, no_report):
     scores = [read(folder, "result.json") for folder in (one, two)]
     assert scores[1]["bpc"] == pytest.approx(scores[0]["bpc"], rel=1e-5)
     assert scores[1]["num_characters"] == scores[0]["num_characters"]
+    run_by_two(tmp_path, "eval.py", f"run_dir={two}")
+    score = read(two, "eval/test-step-20.json")["bpc"]
+    assert score == pytest.approx(scores[0]["bpc"], rel=1e-5)
+    (two / "status.json").unlink()  # as if it had stopped before its last test
+    again = run_train(*arguments, f"run_dir={two}", cwd=tmp_path)
+    assert again.code == 0 and "step-20 is of 2 process(es), now there are 1" in again.out
+
+
+def run_by_two(cwd, program, *arguments):
+    """Run one of the entry points in two processes of torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(ROOT / program), *arguments]
+    ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr

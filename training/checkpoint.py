@@ -28,7 +28,7 @@ from training.tensor_file import nonfinite, read_all, read_model
 
 MODEL, OPTIMIZER, RNG = "model.safetensors", "optimizer.safetensors", "rng.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
-FORMAT = 2
+FORMAT = 3
 FOLDER, LATEST, BEST = "checkpoints", "latest", "best.json"
 REPLACED, DAMAGED = ".old-", ".damaged-"
 BEST_METRIC = "valid/loss"

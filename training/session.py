@@ -71,7 +71,7 @@ class Session:
         """Set model, a new optimizer, meter and counters to the newest sound checkpoint; None where there is none.
 
         Then everything is as at the first step. Returns the checkpoint and what it holds beside the counters: `data`,
-        `phase`, `attention`. The batches are to be made anew. A damaged newer checkpoint is set aside. Raises
+        `phase`, `attention`, `world_size`. The batches are to be made anew. A damaged newer checkpoint is set aside. Raises
         CheckpointError where there are checkpoints and none is sound.
         """
         newest = newest_sound(self.folder.path, set_aside=True) if self.dist.is_main else None
@@ -138,6 +138,7 @@ class Session:
         if self.writer is None:
             return
         more = {
+            "world_size": self.dist.world_size,
             "data": self.task.fingerprint,
             "phase": phase,
             "attention": dict(self.phases[phase].attention),

@@ -50,10 +50,19 @@ def test_edited_configuration_is_checked_like_a_typed_one(folder, key, value, me
     assert str(error.value).startswith(f"{folder / 'config.yaml'}: {message}")
 
 
-def test_same_run_may_move_and_log_otherwise(folder, tmp_path):
-    local = ["num_threads=2", "device=cpu", "data.workers=1", f"run_dir={tmp_path}", "train.log_every=3"]
-    others = ["tracker.tensorboard=false", "train.nonfinite=skip", "resume.allow_changes=[optim]"]
-    assert check_same_run(folder, compose_config([*TINY, "seed=3", *local, *others])) == []
+@pytest.mark.fault(16)
+def test_same_run_may_move_and_log_otherwise_and_says_so(folder, tmp_path):
+    local = ["num_threads=2", "device=cpu", f"run_dir={tmp_path}", "train.nonfinite=skip"]
+    now = compose_config([*TINY, "seed=3", *local, "resume.allow_changes=[optim]"])
+    assert sorted(check_same_run(folder, now)) == [
+        "+ device: cpu",
+        "+ num_threads: 2",
+        "+ train.nonfinite: skip",
+        "- device: auto",
+        "- num_threads: null",
+        "- train.nonfinite: stop",
+    ]
+    assert run_files(now, folder, step=5).keys() == {"config.yaml", "overrides.txt"}
 
 
 @pytest.fixture

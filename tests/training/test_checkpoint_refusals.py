@@ -56,7 +56,7 @@ def test_missing_pieces_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"format": 9}, "format 9, this code reads 2"),
+        ({"format": 9}, "format 9, this code reads 3"),
         ({"files": {}}, "does not list model.safetensors, rng.safetensors, state.json"),
     ],
 )
