@@ -36,8 +36,8 @@ def open_run(
     """Build the task and the model of a run and load its newest sound checkpoint, or the one at `checkpoint`.
 
     `data`: entries of the run's data node to replace. `choose`: what finds the newest sound checkpoint of a folder,
-    where several processes must take the same one (default `training.checkpoint.newest_sound`). Raises ConfigError where there is no run, CheckpointError where
-    there is no checkpoint that fits, is whole and is ours.
+    where several processes must take the same one (default `training.checkpoint.newest_sound`). Raises ConfigError
+    where there is no run, CheckpointError where there is no checkpoint that fits, is whole and is ours.
     """
     import torch
     from omegaconf import OmegaConf

@@ -71,8 +71,8 @@ class Session:
         """Set model, a new optimizer, meter and counters to the newest sound checkpoint; None where there is none.
 
         Then everything is as at the first step. Returns the checkpoint and what it holds beside the counters: `data`,
-        `phase`, `attention`, `world_size`. The batches are to be made anew. A damaged newer checkpoint is set aside. Raises
-        CheckpointError where there are checkpoints and none is sound.
+        `phase`, `attention`, `world_size`. The batches are to be made anew. A damaged newer checkpoint is set aside.
+        Raises CheckpointError where there are checkpoints and none is sound.
         """
         newest = newest_sound(self.folder.path, set_aside=True) if self.dist.is_main else None
         newest = self.dist.broadcast_object(None if newest is None else str(newest))
