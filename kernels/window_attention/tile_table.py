@@ -1,0 +1,92 @@
+"""Tile sizes of the kernels: a table shipped as data, one row a kernel, architecture, element size and head dim.
+
+`python -m benchmarks.compile` shows what each row costs in registers and shared memory, `python -m benchmarks.tune`
+measures candidates on a GPU and writes the rows anew.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.tiles import INTERPRETED
+
+FILE = Path(__file__).with_name("tiles.json")
+MAX_HEAD_DIM = 256
+# what the kernels take from a row; the rest of it says where it comes from
+OPTIONS = ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
+WINDOW_KERNELS = ("forward", "query_grad", "key_grad")  # those with a loop for the tiles that no edge crosses
+_target: ContextVar[str | None] = ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def target(arch: str) -> Iterator[None]:
+    """Choose tiles for an architecture ("sm_90") in here, whatever device the tensors are on."""
+    token = _target.set(arch)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def architecture(device: torch.device) -> str:
+    """"interpreter", or "sm_XY" of a CUDA device or of the enclosing `target`."""
+    chosen = _target.get()
+    if chosen is not None:
+        return chosen
+    return "interpreter" if INTERPRETED else _capability(device)
+
+
+@lru_cache
+def _capability(device):
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def choose(kernel: str, *, arch: str, element_size: int, head_dim: int, num_seen: int) -> dict[str, Any]:
+    """Tile sizes, num_warps and num_stages of a kernel for a head dim whose queries see `num_seen` keys.
+
+    The row is that of the newest architecture in the table which is not newer than `arch`. Raises ValueError where
+    the table holds no row: a head dim above MAX_HEAD_DIM, an older architecture.
+    """
+    block_d = block_dim(head_dim)
+    if arch == "interpreter":
+        split = {"SPLIT": True} if kernel in WINDOW_KERNELS else {}
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": block_d, **split}
+    for row in rows():
+        fits = (row["kernel"], row["element_size"], row["block_d"]) == (kernel, element_size, block_d)
+        if fits and _version(row["arch"]) <= _version(arch) and num_seen <= (row["max_seen"] or num_seen):
+            return {**{name: row[name] for name in OPTIONS if name in row}, "BLOCK_D": block_d}
+    raise ValueError(f"no tile sizes of {kernel} for {arch}, head dim {head_dim} and {element_size}-byte elements")
+
+
+def block_dim(head_dim: int) -> int:
+    """Channels of a tile: the power of two, at least 16, that holds a head."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+@cache
+def rows() -> list[dict[str, Any]]:
+    """The table, newest architecture first, narrow windows before wide ones."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+@lru_cache
+def needed_shared_memory(arch: str, element_size: int, head_dim: int) -> int:
+    """Bytes of shared memory that the hungriest kernel takes, from the ahead-of-time report."""
+    block_d = block_dim(head_dim)
+    newest: dict[str, dict] = {}
+    for row in rows():
+        same = (row["element_size"], row["block_d"]) == (element_size, block_d)
+        if same and _version(row["arch"]) <= _version(arch):
+            newest.setdefault(f"{row['kernel']} {row['max_seen']}", row)
+    return max((row["shared_bytes"] for row in newest.values()), default=0)
+
+
+def _version(arch):
+    return int(arch.removeprefix("sm_"))
