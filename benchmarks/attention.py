@@ -2,7 +2,8 @@
 
 Three tables. module: query, key and value projections included, with peak memory, against transformers'
 LongformerSelfAttention. kernel: attention alone, against dense SDPA and compiled FlexAttention. scaling: our
-time from 4K to 64K tokens. Nothing is timed before the outputs agree.
+time from 4K to 64K tokens. On a GPU the cases of `benchmarks.gpu_cases` take their place. Nothing is timed before the
+outputs agree.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import peers
+from benchmarks import gpu, peers
+from benchmarks.agreement import Disagreement
 from benchmarks.cases import (
     BOTH,
     DENSE,
@@ -29,6 +31,7 @@ from benchmarks.cases import (
     make_module_call,
     random_tensors,
 )
+from benchmarks.gpu_cases import chosen
 from benchmarks.memory import LargestTensor, extra_peak_bytes
 from benchmarks.timing import Row, environment, interleave, log_slope, write_csv
 from kernels.window_attention import window_attention
@@ -40,13 +43,10 @@ MAX_MEMORY_RATIO = 1 / 3
 MAX_SLOPE = 1.05
 MAX_SHARE = 0.5  # of T x T elements in the largest tensor: far enough from having made one
 MIN_COLUMNS = 130
+MIN_GPU_COLUMNS = 200
 QUICK = Shape(seq_len=256, num_heads=2, head_dim=16, window=32)
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 QUICK_LENGTHS = (256, 512, 1024)
-
-
-class Disagreement(Exception):
-    """Outputs that should be equal are not: their times would mean nothing."""
 
 
 def row_of(table: str, contender: str, passes: str, shape: Shape, **entries) -> Row:
@@ -214,31 +214,63 @@ def _cells(row):
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, write the CSV, print the tables; 0, or 1 where outputs disagree."""
-    about = "Window attention against its peers, in time and memory."
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=about)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds: shows that it runs")
-    parser.add_argument("--rounds", type=int, help="rounds of each timing (default 9)")
-    parser.add_argument(
-        "--output", type=Path, help="CSV (default benchmarks/results/attention_DEVICE.csv; quick: none)"
-    )
+    parser = _parser()
     options = parser.parse_args(arguments)
+    if options.device == "cpu" and (options.budget is not None or options.cases is not None):
+        parser.error("--budget and --cases go with --device cuda: the CPU has its three tables")
+    try:
+        cases = chosen(options.cases, is_quick=options.quick)
+    except ValueError as error:
+        parser.error(f"--cases: {error}")
+    if options.list:
+        print("\n".join(f"{case.name:18} {case.sizes}: {case.purpose}" for case in cases))
+        return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
-    shape = replace(QUICK if options.quick else Shape(), device=options.device)
     num_rounds = options.rounds or (2 if options.quick else 9)
     output = options.output
     if output is None and not options.quick:
         output = Path(f"benchmarks/results/attention_{options.device}.csv")
-
     console = Console()
-    console.width = max(console.width, MIN_COLUMNS)  # a log has no width of its own
+    # a log has no width of its own
+    console.width = max(console.width, MIN_COLUMNS if options.device == "cpu" else MIN_GPU_COLUMNS)
+    if options.device == "cuda":
+        given = {"output": output, "budget": options.budget, "num_rounds": num_rounds, "is_quick": options.quick}
+        return gpu.run(cases, console=console, **given)
+    return _run_on_cpu(QUICK if options.quick else Shape(), options.quick, num_rounds, output, console)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention",
+        description="Window attention against its peers, in time and memory. Exit code 1 where results disagree; a "
+        "target that is missed is shown, and no error.",
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds: shows that it runs")
+    parser.add_argument("--rounds", type=int, help="rounds of each timing (default 9)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="CSV (default benchmarks/results/attention_DEVICE.csv; quick: none), on a GPU written after every case",
+    )
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="cuda: begin no case after so long (default: all)"
+    )
+    parser.add_argument(
+        "--cases", metavar="NAMES", help="cuda: only these, separated by commas, with * and ? (default: all)"
+    )
+    parser.add_argument("--list", action="store_true", help="print the cases of --device cuda with sizes and purpose")
+    return parser
+
+
+def _run_on_cpu(shape: Shape, is_quick: bool, num_rounds: int, output: Path | None, console: Console) -> int:
     shared = environment()
     rows = []
     tables = (
         module_rows(shape, num_rounds),
         kernel_rows(shape, num_rounds),
-        scaling_rows(shape, QUICK_LENGTHS if options.quick else LENGTHS, num_rounds),
+        scaling_rows(shape, QUICK_LENGTHS if is_quick else LENGTHS, num_rounds),
     )
     try:
         for table in tables:
@@ -247,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Disagreement as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    _show(console, rows, held=options.device == "cpu" and not options.quick)
+    _show(console, rows, held=not is_quick)
     console.print(", ".join(f"{name} {value}" for name, value in shared.items()))
     if output is not None:
         write_csv(output, rows, shared)

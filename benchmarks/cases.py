@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import peers
-from kernels.window_attention import window_attention
+from kernels.window_attention import global_positions, global_rows_attention, window_attention
 
 FORWARD, BOTH = "forward", "forward+backward"
 OURS, LONGFORMER, DENSE, FLEX = "ours", "transformers Longformer", "dense SDPA", "compiled FlexAttention"
@@ -45,6 +45,31 @@ class WindowSelfAttention(torch.nn.Module):
         return window_attention(query, key, value, window=self.shape.window).flatten(2)
 
 
+class LongformerSelfAttention(torch.nn.Module):
+    """Longformer's self-attention: local projections, global ones, global rows in place of the local ones' output.
+
+    The parameters have the names of transformers' module. `capacity` is the number of global tokens of every example.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: int, capacity: int, impl: str = "auto"):
+        super().__init__()
+        self.heads = (num_heads, dim // num_heads)
+        self.window, self.capacity, self.impl = window, capacity, impl
+        self.query, self.key, self.value = (torch.nn.Linear(dim, dim) for _ in range(3))
+        self.query_global, self.key_global, self.value_global = (torch.nn.Linear(dim, dim) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, is_global: torch.Tensor) -> torch.Tensor:
+        """x [B, T, dim], is_global [B, T] bool -> [B, T, dim]."""
+        index = global_positions(is_global, None, self.capacity)  # [B, G], no pads
+        query, key, value = (project(x).unflatten(-1, self.heads) for project in (self.query, self.key, self.value))
+        out = window_attention(query, key, value, window=self.window, global_index=index, impl=self.impl).flatten(2)
+        places = index[:, :, None].expand(-1, -1, x.shape[-1])
+        query = self.query_global(x.gather(1, places)).unflatten(-1, self.heads)
+        key, value = (project(x).unflatten(-1, self.heads) for project in (self.key_global, self.value_global))
+        rows = global_rows_attention(query, key, value, global_index=index, impl=self.impl)
+        return out.scatter(1, places, rows.flatten(2))
+
+
 def make_module(contender: str, shape: Shape) -> torch.nn.Module:
     """Either side of the module table, with the same seeded weights."""
     torch.manual_seed(0)
@@ -65,16 +90,20 @@ def random_tensors(count: int, sizes: Iterable[int], shape: Shape, *, requires_g
 
 
 def make_call(
-    function: Callable, inputs: list[torch.Tensor], passes: str, parameters: Sequence[torch.Tensor] = ()
+    function: Callable,
+    inputs: Sequence[torch.Tensor],
+    passes: str,
+    parameters: Sequence[torch.Tensor] = (),
+    gradient: torch.Tensor | None = None,
 ) -> Callable:
     """The call to time: forward under no_grad, or forward and the gradients of inputs and parameters.
 
-    The output must have the shape of the first input.
+    The output must have the shape of the first input; its gradient is random where none is given.
     """
     if passes == FORWARD:
         return torch.no_grad()(lambda: function(*inputs))
     wanted = [*inputs, *parameters]
-    gradient = torch.randn_like(inputs[0])
+    gradient = torch.randn_like(inputs[0]) if gradient is None else gradient
     return lambda: torch.autograd.grad(function(*inputs), wanted, gradient)
 
 

@@ -55,10 +55,12 @@ def _measure(order: str) -> int:
     make = getattr(importlib.import_module(module), function)
     make(**warmup)()
     call = make(**arguments)
-    return _peak_of_cuda(call) if device != "cpu" else _peak_of_process(call)
+    return peak_on_gpu(call) if device != "cpu" else _peak_of_process(call)
 
 
-def _peak_of_cuda(call: Callable[[], object]) -> int:
+def peak_on_gpu(call: Callable[[], object]) -> int:
+    """Peak of what torch's allocator hands out during one call, above the level before it, in bytes."""
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     result = call()

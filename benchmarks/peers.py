@@ -4,7 +4,10 @@ A peer is made by a function that builds masks and compiles; what that returns i
 A peer that needs another layout converts inside the timed call.
 """
 
+import importlib
+import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,15 @@ def longformer_self_attention(dim: int, num_heads: int, window: int) -> "LocalOn
 
     Its `attention_window` counts both sides, ours one. T must be a multiple of 2 * window.
     """
+    return LocalOnly(_self_attention(dim, num_heads, window))
+
+
+def longformer_with_globals(dim: int, num_heads: int, window: int) -> "WithGlobals":
+    """The same module with global tokens: (x [B, T, dim], is_global [B, T] bool) -> [B, T, dim]."""
+    return WithGlobals(_self_attention(dim, num_heads, window))
+
+
+def _self_attention(dim, num_heads, window):
     from transformers import LongformerConfig
     from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
@@ -26,7 +38,7 @@ def longformer_self_attention(dim: int, num_heads: int, window: int) -> "LocalOn
         attention_window=[2 * window],
         attention_probs_dropout_prob=0.0,
     )
-    return LocalOnly(LongformerSelfAttention(config, layer_id=0))
+    return LongformerSelfAttention(config, layer_id=0)
 
 
 class LocalOnly(torch.nn.Module):
@@ -41,6 +53,68 @@ class LocalOnly(torch.nn.Module):
         mask = x.new_zeros(x.shape[:2])
         none = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         return self.attention(x, mask, is_index_masked=none, is_index_global_attn=none, is_global_attn=False)[0]
+
+
+class WithGlobals(torch.nn.Module):
+    """The arguments LongformerModel would pass for a text without padding, some of whose tokens are global."""
+
+    def __init__(self, attention: torch.nn.Module):
+        super().__init__()
+        self.attention: torch.nn.Module = attention
+
+    def forward(self, x: torch.Tensor, is_global: torch.Tensor) -> torch.Tensor:
+        """[B, T, dim], [B, T] bool -> [B, T, dim]."""
+        # the mask is 0 at local tokens and something large at global ones, whose window entries it removes
+        mask = x.new_zeros(x.shape[:2]).masked_fill(is_global, torch.finfo(x.dtype).max)
+        return self.attention(
+            x,
+            mask,
+            is_index_masked=torch.zeros_like(is_global),
+            is_index_global_attn=is_global,
+            is_global_attn=True,
+        )[0]
+
+
+def dense_flash(causal: bool, grouped: bool, dtype: torch.dtype) -> Attention:
+    """Attention to every key (with `causal` to the earlier ones): flash, or in float32 the memory-efficient kernel."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = SDPBackend.EFFICIENT_ATTENTION if dtype == torch.float32 else SDPBackend.FLASH_ATTENTION
+
+    def attend(query, key, value):
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
+        return out.transpose(1, 2)
+
+    return attend
+
+
+def flash_varlen(batch: int, seq_len: int, window: int, causal: bool, grouped: bool, device: str) -> Attention:
+    """The window of FlashAttention-2 as it comes with torch, through torch.nn.attention.varlen (torch >= 2.11)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (window, 0 if causal else window)}
+    options |= {"enable_gqa": True} if grouped else {}
+    for name in options:
+        if name not in known:
+            raise NotImplementedError(f"varlen_attn of torch {torch.__version__} has no {name}")
+    starts = torch.arange(0, (batch + 1) * seq_len, seq_len, dtype=torch.int32, device=device)
+
+    def attend(query, key, value):
+        query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        out: Any = varlen_attn(query, key, value, starts, starts, seq_len, seq_len, **options)
+        return out.unflatten(0, (batch, seq_len))
+
+    return attend
+
+
+def flash_package(window: int, causal: bool) -> Attention:
+    """flash_attn_func of the flash-attn package with its window, where it is installed; our layout is its own."""
+    flash_attn = importlib.import_module("flash_attn")
+    sides = (window, 0 if causal else window)
+    return lambda query, key, value: flash_attn.flash_attn_func(query, key, value, causal=causal, window_size=sides)
 
 
 def dense_sdpa(seq_len: int, window: int, device: str, dtype: torch.dtype) -> Attention:

@@ -14,8 +14,13 @@ import numpy as np
 import torch
 
 from training.environment import cpu_model, git, package_version
+from training.files import replacing
 
 LOW, HIGH = 20, 80  # percentiles of a range
+FLUSH_BYTES = 2**28  # written before each call on a GPU: several times any L2 cache
+MIN_TURN_SECONDS, MAX_CALLS = 2e-3, 10  # a turn on a GPU repeats short calls up to so long, so often
+CLOCK_HZ = 2e9  # above what GPUs run at, so that a wait counted in cycles is not too short
+MAX_WAIT_SECONDS = 0.02
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -43,15 +48,60 @@ def interleave(
     seconds = {name: np.empty(num_rounds) for name in calls}
     for index in range(num_rounds):
         for name, call in calls.items():
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             call()
-            _synchronize(device)
+            synchronize(device)
             seconds[name][index] = time.perf_counter() - start
     return seconds
 
 
-def _synchronize(device):
+def interleave_on_gpu(
+    calls: Mapping[Name, Callable[[], object]], *, num_rounds: int, num_warmup: int = 2, device: str = "cuda"
+) -> dict[Name, np.ndarray]:
+    """Seconds [num_rounds] of GPU time of each call, taken in turn; a turn is the mean of several calls.
+
+    Events stand around each call and an L2 cache full of other data before it. The GPU is kept waiting while the host
+    queues a turn, so that launches do not count where the host can run ahead; a call that waits for the GPU pays.
+    """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    plans = {name: _plan(call, num_warmup) for name, call in calls.items()}
+    seconds = {name: np.empty(num_rounds) for name in calls}
+    for index in range(num_rounds):
+        for name, call in calls.items():
+            num_calls, wait = plans[name]
+            torch.cuda._sleep(int(wait * CLOCK_HZ))
+            pairs = [_between_events(call, flush) for _ in range(num_calls)]
+            torch.cuda.synchronize()
+            seconds[name][index] = np.mean([start.elapsed_time(end) for start, end in pairs]) * 1e-3
+    return seconds
+
+
+def _plan(call, num_warmup):
+    """How often a turn repeats the call, and the seconds the host needs to queue that."""
+    for _ in range(num_warmup):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    queued = time.perf_counter() - start
+    torch.cuda.synchronize()
+    took = time.perf_counter() - start
+    num_calls = max(1, min(MAX_CALLS, round(MIN_TURN_SECONDS / max(took, 1e-9))))
+    return num_calls, min(1.5 * num_calls * queued, MAX_WAIT_SECONDS)
+
+
+def _between_events(call, flush):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    start.record()
+    call()
+    end.record()
+    return start, end
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device to finish what it was given."""
     if device != "cpu":
         torch.cuda.synchronize()
 
@@ -60,7 +110,7 @@ def _synchronize(device):
 class Row:
     """One measured figure. Fields that do not apply stay None and are empty in the CSV."""
 
-    table: str  # module, kernel or scaling
+    table: str  # module, kernel or scaling; on a GPU window, global rows or module
     contender: str
     passes: str  # forward or forward+backward
     batch: int
@@ -86,6 +136,18 @@ class Row:
     slope_p80: float | None = None
     largest_tensor: int | None = None  # elements of the largest storage made
     largest_share: float | None = None  # the same over T * T; in a slope's row at its worst over the lengths
+    case: str | None = None  # name in `benchmarks.gpu_cases`, as the fields below of rows from a GPU
+    num_kv_heads: int | None = None
+    dilation: int | None = None
+    causal: bool | None = None
+    num_globals: int | None = None
+    target: float | None = None  # the least ratio that is wanted
+    tflops: float | None = None  # useful work a second: 4 and 10 (backward) times pairs times head_dim; projections
+    ceiling_share: float | None = None  # of the rate of a large matrix product in the same dtype and run
+    roofline_share: float | None = None  # of the speed that bytes and operations of the useful work allow
+    reference_error: float | None = None  # from the float64 reference on slices, relative rms, the worst tensor's
+    needed_bytes: int | None = None  # tensors that must exist: inputs, output, log-sum-exp, their gradients
+    memory_over_needed: float | None = None  # peak with the inputs over that
     note: str | None = None
 
     def time(self, seconds: np.ndarray) -> "Row":
@@ -122,6 +184,7 @@ def environment() -> dict[str, str | int | bool]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
         "triton": package_version("triton") or "none",
         "transformers": package_version("transformers") or "none",
     }
@@ -130,7 +193,7 @@ def environment() -> dict[str, str | int | bool]:
 def write_csv(path: Path, rows: Sequence[Any], shared: Mapping[str, object]) -> None:
     """Replace the file by `rows`, dataclasses of one kind, each followed by the `shared` columns (`environment`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         columns = [field.name for field in fields(rows[0])]
         writer = csv.DictWriter(file, fieldnames=[*columns, *shared], lineterminator="\n")
         writer.writeheader()

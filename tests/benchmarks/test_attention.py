@@ -18,10 +18,9 @@ QUICK = attention.QUICK
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_quick_run_fills_every_column(tmp_path, device):
+def test_quick_run_fills_every_column(tmp_path):
     path = tmp_path / "attention.csv"
-    done = run_python("-m", "benchmarks.attention", "--quick", "--device", device, "--output", path)
+    done = run_python("-m", "benchmarks.attention", "--quick", "--output", path)
     assert done.returncode == 0, done.stderr
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -43,6 +42,26 @@ def test_quick_run_fills_every_column(tmp_path, device):
             assert int(row["extra_memory_bytes"]) > 0
     assert sum(bool(row["slope"]) for row in rows) == 2
     assert "theirs / ours" in done.stdout and "targets" in done.stdout
+
+
+@pytest.mark.gpu
+def test_quick_run_on_a_gpu(tmp_path):
+    path = tmp_path / "attention.csv"
+    names = ["window-d64", "row-1-128k", "module-8k"]
+    arguments = ("--device", "cuda", "--quick", "--cases", ",".join(names), "--output", path)
+    done = run_python("-m", "benchmarks.attention", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with path.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(dict.fromkeys(row["case"] for row in rows)) == names
+    for row in rows:
+        if row["contender"] in (OURS, FLEX, DENSE, LONGFORMER):
+            assert float(row["median_ms"]) > 0, row["note"]
+            assert int(row["extra_memory_bytes"]) > 0
+            assert row["table"] == "module" or 0 < float(row["roofline_share"]) < 1.05
+        else:  # FlashAttention is not everywhere
+            assert row["median_ms"] or row["note"].startswith("not available")
+    assert "of roofline" in done.stdout and "targets" in done.stdout
 
 
 def test_disagreeing_peer_is_not_timed(monkeypatch, capsys):
@@ -71,6 +90,37 @@ def test_unknown_device_is_a_usage_error(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         attention.main(["--device", "cuda"])
     assert stop.value.code == 2 and "torch sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--device", "cuda", "--cases", "window-d64,windw"], "--cases: no case matches 'windw' (cases: window-d64"),
+        (["--budget", "10"], "--budget and --cases go with --device cuda"),
+    ],
+)
+def test_bad_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        attention.main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_cases_can_be_listed_without_a_gpu(capsys):
+    assert attention.main(["--device", "cuda", "--list", "--cases", "dilation-?,globals-64"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown] == ["dilation-4", "globals-64", "dilation-2"]
+    assert shown[0].endswith("T 16384, D 64, window 256, dilation 4: a dilation costs what none costs")
+
+
+def test_cuda_is_handed_on_with_its_options(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention.gpu, "run", lambda cases, **given: seen.update(given, cases=cases) or 1)
+    output = tmp_path / "rows.csv"
+    chosen = ("--device", "cuda", "--budget", "60", "--cases", "reach-*", "--rounds", "3", "--output", str(output))
+    assert attention.main([*chosen]) == 1
+    assert [case.name for case in seen["cases"]] == ["reach-200"]
+    assert (seen["budget"], seen["num_rounds"], seen["output"], seen["is_quick"]) == (60.0, 3, output, False)
 
 
 def test_both_modules_compute_the_same_gradients():
