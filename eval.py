@@ -42,7 +42,7 @@ def open_run(
     import torch
     from omegaconf import OmegaConf
 
-    from configs.phases import build_model
+    from configs.phases import build_model, check_device
     from configs.run import load_run
     from configs.schema import build
     from training.checkpoint import load_checkpoint, newest_sound
@@ -57,6 +57,7 @@ def open_run(
     if num_threads or config.num_threads:
         torch.set_num_threads(num_threads or config.num_threads)
     node = OmegaConf.merge(config.data, {key: value for key, value in (data or {}).items() if value is not None})
+    check_device(config, torch.device(device))
     task = build(config.task, "task", data=dict(node))
     model = build_model(config).to(device)
     state = load_checkpoint(chosen, model=model, restore_rng=False, strict=strict)

@@ -15,13 +15,14 @@ log = logging.getLogger(__name__)
 def main(cfg) -> None:
     """One run from its configuration to its result and report; the same `run_dir` goes on where it stopped."""
     # torch and what needs it load here, so that a typo or --help is answered at once
-    from configs.phases import check_against_data, effective_phases, phase_patterns
+    from configs.phases import check_against_data, check_device, effective_phases, phase_patterns
     from configs.schema import build
     from training.distributed import Distributed
 
     phases = effective_phases(cfg)
     phase_patterns(cfg, phases)  # refuses options no layer can have
     with Distributed(cfg.device) as dist:
+        check_device(cfg, dist.device)
         task = build(cfg.task, "task", data=dict(cfg.data))
         check_against_data(cfg, phases, task, dist.world_size)
         path = Path(dist.broadcast_object(str(choose_run_dir(cfg)) if dist.is_main else None))

@@ -85,6 +85,16 @@ def phase_patterns(cfg: DictConfig, phases: list[PhaseConfig]) -> list[list]:
     return patterns
 
 
+def check_device(cfg: DictConfig, device: torch.device) -> None:
+    """ConfigError where the model asks for kernels that cannot run on a device."""
+    with torch.device("meta"):
+        model = build_model(cfg)
+    try:
+        model.check_device(device)
+    except ValueError as error:
+        raise ConfigError(f"model.attention.{error}") from None
+
+
 def check_against_data(cfg: DictConfig, phases: list[PhaseConfig], task: Any, world_size: int) -> None:
     """ConfigError for a phase longer than the data, a vocabulary too small, a batch that processes cannot share."""
     vocab_size = cfg.model.get("vocab_size")

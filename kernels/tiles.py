@@ -5,13 +5,9 @@ times `scale * log2(e)` is its exponent, and `lse2` is the base-2 logarithm of a
 sees nothing.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-# set before Triton is imported, then every kernel runs in Python on CPU tensors
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = 1.4426950408889634
 
 
@@ -79,9 +75,9 @@ def query_grad_step(
 ):  # fmt: skip
     """query_grad [M, D], not yet times the scale, plus the share of keys [N, D]; `seen` [M, N] counts where MASKED."""
     scores = matmul(query, tl.trans(key), query_grad.dtype, PRECISION)  # [M, N]
-    probs = tl.exp2(scores * exponent_scale - lse2[:, None])
     if MASKED:
-        probs = tl.where(seen, probs, 0.0)
+        scores = tl.where(seen, scores, float("-inf"))
+    probs = tl.exp2(scores * exponent_scale - lse2[:, None])
     probs_grad = matmul(out_grad, tl.trans(value), query_grad.dtype, PRECISION)  # [M, N]
     scores_grad = probs * (probs_grad - delta[:, None])
     return query_grad + matmul(scores_grad.to(key.dtype), key, query_grad.dtype, PRECISION)
@@ -98,9 +94,9 @@ def key_grad_step(
     for sm_90 (fla-org/flash-linear-attention#826).
     """
     scores = matmul(key, tl.trans(query), key_grad.dtype, PRECISION)  # [N, M]
-    probs = tl.exp2(scores * exponent_scale - lse2[None, :])
     if MASKED:
-        probs = tl.where(seen, probs, 0.0)
+        scores = tl.where(seen, scores, float("-inf"))
+    probs = tl.exp2(scores * exponent_scale - lse2[None, :])
     value_grad += matmul(probs.to(out_grad.dtype), out_grad, key_grad.dtype, PRECISION)
     probs_grad = matmul(value, tl.trans(out_grad), key_grad.dtype, PRECISION)  # [N, M]
     scores_grad = probs * (probs_grad - delta[None, :])

@@ -98,6 +98,11 @@ class CharLM(nn.Module):
         for layer, pattern in zip(self._attention_layers(), patterns, strict=True):
             layer.set_options(pattern, **options)
 
+    def check_device(self, device: torch.device) -> None:
+        """ValueError where a layer asks for kernels that a device, or its positions, cannot have."""
+        for layer in self._attention_layers():
+            layer.check_device(device)
+
     def attention_patterns(self) -> list[WindowPattern]:
         """The pattern of each layer, from the bottom."""
         return [layer.pattern for layer in self._attention_layers()]

@@ -11,6 +11,8 @@ class RotaryPositions(nn.Module):
     arguments; the first row stands at position `start` of its text.
     """
 
+    kernel_arguments: tuple[str, ...] = ()
+
     def __init__(self, dim: int, num_heads: int, *, base: float = 10_000.0):
         super().__init__()
         head_dim = dim // num_heads
@@ -43,6 +45,8 @@ class RelativePositions(nn.Module):
 
     forward(query, key, pattern, start) takes [B, T, H, D]; pattern must be causal. Where the text starts is all one.
     """
+
+    kernel_arguments: tuple[str, ...] = ("position_query", "position_key")
 
     def __init__(self, dim: int, num_heads: int, *, biases: "SharedBiases", dropout: float = 0.0):
         super().__init__()

@@ -22,6 +22,10 @@ import torch
 
 from tests.helpers import ROOT
 
+# before anything imports Triton: without a GPU its kernels run in Python
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 MISSING_DATA = "data missing: "
 
 
@@ -83,11 +87,12 @@ def data_file(data_dir):
 
 
 def pytest_collection_modifyitems(items):
-    """GPU tests asked for on a machine without one are skipped and say so."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    """GPU tests asked for on a machine without one are skipped and say so, as are those of the interpreter on one."""
+    has_gpu = torch.cuda.is_available()
+    absent, reason = ("interpreter", "kernels are compiled here") if has_gpu else ("gpu", "no CUDA device")
+    for item in items:
+        if item.get_closest_marker(absent):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -22,6 +22,13 @@ ARROWS = {
     "configs": set(),  # what a config names is imported when it is built
 }
 TRANSFORMERS_PLACES = {"models/hf.py", "benchmarks/peers.py"}
+# what `kernels.window_attention.ops` imports, and what looks at it
+TRITON_PLACES = (
+    "kernels/tiles.py",
+    "kernels/window_attention/",
+    "benchmarks/assembly.py",
+    "tests/kernels/test_triton_",
+)
 WANDB_PLACE = "training/tracking.py"
 MAX_LINES = 400
 
@@ -101,9 +108,17 @@ def test_schema_imports_nothing_of_ours_at_module_level():
     assert not imports_of("configs/schema.py", at_module_level=True) & set(ARROWS)
 
 
-@pytest.mark.parametrize("library", ["transformers", "triton"])
-def test_heavy_libraries_are_imported_lazily(library):
-    assert [name for name in source_files() if library in imports_of(name, at_module_level=True)] == []
+def test_heavy_libraries_are_imported_lazily():
+    assert [name for name in source_files() if "transformers" in imports_of(name, at_module_level=True)] == []
+    kernels = {name for name in source_files() if "triton" in imports_of(name, at_module_level=True)}
+    assert {name for name in kernels if not name.startswith(TRITON_PLACES)} == set()
+
+
+def test_without_a_call_for_them_the_kernels_are_not_loaded():
+    """What imports Triton is itself imported inside of functions, but by its like."""
+    code = "import sys, kernels.window_attention, models.char_lm, train, eval, benchmarks.attention, benchmarks.tune\n"
+    done = run_python("-c", f"{code}print('triton' in sys.modules, 'kernels.tiles' in sys.modules)")
+    assert (done.returncode, done.stdout) == (0, "False False\n"), done.stderr
 
 
 def test_transformers_is_imported_in_its_places_alone():

@@ -7,6 +7,13 @@ from functools import cache
 import torch
 
 from kernels.window_attention import blocked, reference
+from kernels.window_attention.checks import (
+    check_global_index,
+    check_positions,
+    check_shapes,
+    refuse_unbuilt,
+    under_autocast,
+)
 from kernels.window_attention.pattern import WindowPattern
 
 log = logging.getLogger(__name__)
@@ -38,99 +45,174 @@ def window_attention(
     """Softmax attention of each query over the keys within `window` dilated steps of it (Longformer, section 3.1).
 
     Args:
-        query: [B, T, H, D]; key, value: [B, S, Hkv, D] with H a multiple of Hkv (query head h reads h // (H / Hkv)).
+        query: [B, T, H, D]; key, value: [B, S, Hkv, D] with H a multiple of Hkv (query head h reads h // (H / Hkv)),
+            in one dtype. Under autocast all are cast to its dtype first, as scaled_dot_product_attention does.
         window: keys on each side of the query, itself excluded, in steps of `dilation`; an int or one a head. More
             than the sequence holds means all of it. With `causal` the keys to the right are dropped.
         dilation: distance in tokens between neighbouring keys of a window; an int or one a head.
         valid: [B, S] bool, True = real. Other keys are never seen; rows standing at them are zeros without gradient.
+        global_index: [B, G] int64 or int32, positions of keys that every row of all heads sees beside its window, in
+            the same softmax, each once; with `causal` only rows at or after them. Any order. An entry that is
+            negative (-1 pads), at or past S, at a key that is not valid, or a repetition means nothing. The row of a
+            global token itself is computed as any other: `global_rows_attention` gives what replaces it.
         scale: factor on the scores, D ** -0.5 if None.
         query_start: query row i stands at key position query_start + i, as the newest rows do behind a cache. A row
             may stand past the last key; one that sees no key is zeros. Only keys that some row can reach cost anything.
         position_query, position_key: [B, T, H, D] and [H, C, D] with C = max window + 1 (causal) or 2 max window + 1:
             adds scale * position_query_i . position_key[h, c] to the score of the key at dilated step c - w_h, where
             w_h is the head's own window (Transformer-XL's relative term, arXiv 1901.02860 section 3.3).
-        impl: "auto", "blocked" or "reference"; a named path never falls back.
+        impl: "auto" (the kernels on a GPU that can run them, else "blocked"; logged once), "triton", "blocked" or
+            "reference"; a named path never falls back.
 
     Returns:
-        [B, T, H, D] in the dtype of `query`.
+        [B, T, H, D] in the dtype of `query`, or of autocast.
 
     Raises:
-        ValueError: shapes that do not fit, a window or query_start below 0, a dilation below 1, an unknown `impl`.
-        NotImplementedError: an argument that has no implementation yet, by name.
+        ValueError: shapes, dtypes or devices that do not fit, a window or query_start below 0, a dilation below 1, an
+            unknown `impl`, impl="triton" where the kernels cannot run.
+        NotImplementedError: an argument or a pair of them that has no implementation yet, by name.
     """
-    _refuse_unbuilt(
-        global_index=global_index,
+    refuse_unbuilt(
+        "window_attention",
+        dropout=dropout or None,
         dropout_seed=dropout_seed,
         document_start=document_start,
         document_end=document_end,
         distance_bias=distance_bias,
+        return_lse=return_lse or None,
     )
-    _refuse_unbuilt(dropout=dropout or None, return_lse=return_lse or None)
+    if global_index is not None and position_query is not None:
+        raise NotImplementedError("window_attention: global_index together with position_query is not implemented yet")
+    query, key, value, position_query, position_key = under_autocast(query, key, value, position_query, position_key)
     num_heads = query.shape[2] if query.dim() == 4 else 0
-    _check_shapes(query, key, value, valid)
+    check_shapes(query, key, value, valid)
     if query_start < 0:
         raise ValueError(f"query_start is {query_start}, it must be at least 0")
     pattern = WindowPattern.of(window, dilation, num_heads=num_heads, causal=causal)
-    _check_positions(position_query, position_key, query, pattern)
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}, it must be one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "triton":
-        raise NotImplementedError("impl='triton': the window kernels are not built yet, use 'auto' or 'blocked'")
-    if impl == "auto":
-        impl = "blocked"
-        if not torch.compiler.is_compiling():
-            _say_once(impl, "the fastest path on this device that has every feature asked for")
+    check_positions(position_query, position_key, query, pattern)
+    if global_index is not None:
+        check_global_index(global_index, query)
+    needs = () if position_query is None else ("position_query", "position_key")
+    impl = _path("window_attention", impl, query, needs)
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query)
+    options = {
+        "pattern": pattern,
+        "scale": query.shape[-1] ** -0.5 if scale is None else scale,
+        "valid": valid,
+        # an empty list costs no more than none
+        "global_index": global_index if global_index is not None and global_index.shape[1] else None,
+        "query_start": query_start,
+    }
+    if impl == "triton":
+        from kernels.window_attention import ops
+
+        return ops.window_attention(query, key, value, **options)
     compute = reference.window_attention if impl == "reference" else blocked.window_attention
-    return compute(
-        query,
-        key,
-        value,
-        pattern=pattern,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        valid=valid,
-        position_query=position_query,
-        position_key=position_key,
-        query_start=query_start,
+    return compute(query, key, value, position_query=position_query, position_key=position_key, **options)
+
+
+def global_rows_attention(
+    query_global: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    global_index: torch.Tensor,
+    valid: torch.Tensor | None = None,
+    causal: bool = False,
+    document_start: torch.Tensor | None = None,
+    document_end: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Softmax attention of the global tokens' rows over all valid keys (Longformer, section 3.1).
+
+    Args:
+        query_global: [B, G, H, D]; key, value: [B, S, Hkv, D] with H a multiple of Hkv, in one dtype. Longformer
+            projects all three with weights of their own.
+        global_index: [B, G] int64 or int32, the position of each row. Where it is negative (-1 pads), at or past S, or
+            at a token that is not valid, the row is zeros without gradient. Repeated positions are computed each.
+        valid: [B, S] bool, True = real. Other keys are never seen.
+        causal: whether a row sees only the keys at or before its position.
+        scale: factor on the scores, D ** -0.5 if None.
+        impl: as in `window_attention`.
+
+    Returns:
+        [B, G, H, D] in the dtype of `query_global`, or of autocast.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown `impl`, impl="triton" where the kernels
+            cannot run.
+        NotImplementedError: an argument that has no implementation yet, by name.
+    """
+    refuse_unbuilt(
+        "global_rows_attention",
+        dropout=dropout or None,
+        dropout_seed=dropout_seed,
+        document_start=document_start,
+        document_end=document_end,
     )
+    query_global, key, value = under_autocast(query_global, key, value)
+    check_shapes(query_global, key, value, valid, name="query_global")
+    check_global_index(global_index, query_global, num_rows=query_global.shape[1])
+    impl = _path("global_rows_attention", impl, query_global)
+    if query_global.numel() == 0 or key.numel() == 0:
+        return torch.zeros_like(query_global)
+    options = {
+        "global_index": global_index,
+        "scale": query_global.shape[-1] ** -0.5 if scale is None else scale,
+        "valid": valid,
+        "causal": bool(causal),
+    }
+    if impl == "triton":
+        from kernels.window_attention import ops
+
+        return ops.global_rows_attention(query_global, key, value, **options)
+    compute = reference.global_rows_attention if impl == "reference" else blocked.global_rows_attention
+    return compute(query_global, key, value, **options)
+
+
+def why_not_triton(
+    device: torch.device, *, head_dim: int, dtype: torch.dtype = torch.float32, needs: Sequence[str] = ()
+) -> str | None:
+    """Why the Triton kernels cannot run for tensors like these, as a clause; None where they can.
+
+    needs: arguments of the call beyond query, key, value and the pattern. Triton is first imported here.
+    """
+    try:
+        from kernels.window_attention import ops
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "triton":
+            raise
+        return "the package triton is not installed"
+    return ops.why_not(device, dtype, head_dim=head_dim, needs=needs)
+
+
+def _path(function, impl, query, needs=()):
+    """The path that `impl` stands for here, with `needs` the arguments given that not all paths have."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}, it must be one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "triton" and needs:
+        raise NotImplementedError(
+            f"{function}: impl='triton' has no {' and '.join(needs)} yet, use impl='auto' or 'blocked'"
+        )
+    if impl == "triton":
+        reason = why_not_triton(query.device, head_dim=query.shape[-1], dtype=query.dtype)
+        if reason is not None:
+            raise ValueError(f"{function}: impl='triton': {reason}")
+    if impl != "auto":
+        return impl
+    reason = "the fastest one outside of GPUs"
+    if query.is_cuda:
+        reason = why_not_triton(query.device, head_dim=query.shape[-1], dtype=query.dtype, needs=needs)
+    impl = "triton" if reason is None else "blocked"
+    if not torch.compiler.is_compiling():
+        _say_once(function, impl, reason or "the fastest one on this device, with every feature asked for")
+    return impl
 
 
 @cache
-def _say_once(impl, reason):
-    log.info("window_attention runs on the %s path: %s", impl, reason)
-
-
-def _refuse_unbuilt(**arguments):
-    for name, argument in arguments.items():
-        if argument is not None:
-            raise NotImplementedError(f"window_attention: the argument {name} is not implemented yet")
-
-
-def _check_shapes(query, key, value, valid):
-    if query.dim() != 4 or key.dim() != 4:
-        raise ValueError(f"query and key must be [B, T, H, D], got {tuple(query.shape)} and {tuple(key.shape)}")
-    if key.shape != value.shape:
-        raise ValueError(f"key and value must share one shape: {tuple(key.shape)}, {tuple(value.shape)}")
-    batch, _, num_heads, head_dim = query.shape
-    if key.shape[0] != batch or key.shape[3] != head_dim:
-        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch or head dim")
-    if num_heads % key.shape[2]:
-        raise ValueError(f"{num_heads} query heads are no multiple of {key.shape[2]} key heads")
-    if valid is not None and (valid.shape != key.shape[:2] or valid.dtype != torch.bool):
-        raise ValueError(f"valid must be bool [{batch}, {key.shape[1]}], got {valid.dtype} {tuple(valid.shape)}")
-
-
-def _check_positions(position_query, position_key, query, pattern):
-    if (position_query is None) != (position_key is None):
-        raise ValueError("position_query and position_key go together")
-    if position_query is None:
-        return
-    if position_query.shape != query.shape:
-        raise ValueError(f"position_query {tuple(position_query.shape)} must be shaped as query {tuple(query.shape)}")
-    columns = max(pattern.window) * (1 if pattern.causal else 2) + 1
-    expected = (pattern.num_heads, columns, query.shape[-1])
-    if tuple(position_key.shape) != expected:
-        raise ValueError(
-            f"position_key must be {expected} (heads, window columns, head dim), {tuple(position_key.shape)}"
-        )
+def _say_once(function, impl, reason):
+    log.info("%s runs on the %s path: %s", function, impl, reason)

@@ -4,7 +4,6 @@ Heads with the same window and dilation are computed together, dilated ones by r
 they cost what undilated ones do.
 """
 
-from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
@@ -12,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kernels.window_attention.blocks import Blocks, GlobalColumns, OverlappingBlocks, Problems, Stretches, skew
+from kernels.window_attention.global_tokens import at_real_tokens, canonical_index, gather_tokens
 from kernels.window_attention.pattern import WindowPattern, valid_rows
 from kernels.window_attention.residues import join_residues, residue_ranges
 
@@ -29,30 +30,32 @@ def window_attention(
     pattern: WindowPattern,
     scale: float,
     valid: torch.Tensor | None = None,
+    global_index: torch.Tensor | None = None,
     position_query: torch.Tensor | None = None,
     position_key: torch.Tensor | None = None,
     query_start: int = 0,
 ) -> torch.Tensor:
     """As `reference.window_attention`, in time and memory linear in T, however many keys there are.
 
-    Nothing of T x S is made, and of T x window at most KEEP_BYTES a group of heads is kept for the backward pass.
+    Nothing of T x S is made, and of T x (window + G) at most KEEP_BYTES a group of heads is kept for the backward
+    pass. The relative term has no columns for global keys: `global_index` and `position_query` exclude each other.
     """
     batch, seq_len, num_heads, head_dim = query.shape
-    row_valid = valid_rows(valid, query_start, seq_len)
     first, last = _reachable(pattern.reach, pattern.causal, seq_len, key.shape[1], query_start)
-    key, value = key[:, first:last], value[:, first:last]
-    key_valid = None if valid is None else valid[:, first:last]
     kinds = list(zip(pattern.window, pattern.dilation, strict=True))
     # heads of one window and dilation together, in parts whose overlapping keys (about five copies) fit CHUNK_BYTES;
     # split and concatenated by head, inputs, results and gradients are written once, in the layout they come in
     order = sorted(range(num_heads), key=lambda head: kinds.index(kinds[head]))
-    longest = max(seq_len, key.shape[1])
+    longest = max(seq_len, last - first)
     most = max(1, CHUNK_BYTES // (5 * batch * longest * head_dim * query.element_size()))
     parts = [part for _, group in groupby(order, key=lambda head: kinds[head]) for part in _parts(list(group), most)]
-    repeats = num_heads // key.shape[2]
     sizes = [len(part) for part in parts]
+    shared = [head // (num_heads // key.shape[2]) for head in order]
     queries, positions = (_by_head(tensor, order, sizes) for tensor in (query, position_query))
-    keys, values = (_by_head(tensor, [head // repeats for head in order], sizes) for tensor in (key, value))
+    keys, values = (_by_head(tensor[:, first:last], shared, sizes) for tensor in (key, value))
+    global_keys = _global_keys(key, value, global_index, valid, shared, sizes)
+    row_valid = valid_rows(valid, query_start, seq_len)
+    key_valid = None if valid is None else valid[:, first:last]
     outputs = []
     for index, part in enumerate(parts):
         window, dilation = kinds[part[0]]
@@ -64,11 +67,13 @@ def window_attention(
             None if position_key is None else position_key[part],
             row_valid,
             key_valid,
+            global_keys[index],
             window=window,
             dilation=dilation,
             causal=pattern.causal,
             scale=scale,
-            query_start=query_start - first,
+            query_start=query_start,
+            first_key=first,
         )
         outputs.append(out)
     out = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
@@ -90,6 +95,15 @@ def _by_head(tensor, heads, sizes):
     return tensor.split(sizes, dim=2)
 
 
+def _global_keys(key, value, global_index, valid, heads, sizes):
+    """Global keys and values [B, G, H, D] of each part of the heads, and their positions [B, G], -1 pads; or None."""
+    if global_index is None:
+        return [None] * len(sizes)
+    position = canonical_index(global_index, key.shape[1], valid)
+    tensors = (_by_head(gather_tokens(tensor, position), heads, sizes) for tensor in (key, value))
+    return [(*part, position) for part in zip(*tensors, strict=True)]
+
+
 def _reachable(reach, causal, seq_len, num_keys, query_start):
     """(first, last) of the keys that any of the rows can see: the others are sliced away before anything is made."""
     last = query_start + seq_len + (0 if causal else reach)
@@ -104,17 +118,19 @@ def _head_group(
     position_key,
     row_valid,
     key_valid,
+    global_keys,
     *,
     window,
     dilation,
     causal,
     scale,
     query_start,
+    first_key,
 ):
-    """Heads of one window and dilation: T rows and S keys, [B, T, H, D] -> [B, T, H, D]."""
+    """Heads of one window and dilation: T rows and S keys, key 0 at `first_key`, [B, T, H, D] -> [B, T, H, D]."""
     batch, seq_len, num_heads, _ = query.shape
-    first, last = _reachable(window * dilation, causal, seq_len, key.shape[1], query_start)
-    start = query_start - first
+    first, last = _reachable(window * dilation, causal, seq_len, key.shape[1], query_start - first_key)
+    start = query_start - first_key - first
     # a dilation beyond every distance leaves each row its own key alone, whatever it is
     dilation = min(dilation, max(start + seq_len, last - first))
     rows = {"query": query, "position_query": position_query, "row_valid": _head_mask(row_valid, num_heads)}
@@ -126,14 +142,18 @@ def _head_group(
         split = {name: residues.rows_of(tensor) for name, tensor in rows.items()}
         split |= {name: residues.keys_of(tensor) for name, tensor in keys.items()}
         # [P, N, D] and [P, K, D] with P = B * classes * H problems of one size
-        problems = _Problems(**{name: tensor.flatten(0, 2) for name, tensor in split.items()})
+        problems = Problems(**{name: tensor.flatten(0, 2) for name, tensor in split.items()})
         # what a window sees beyond the ends does not exist
         left = min(window, residues.start + residues.num_rows - 1)
         right = 0 if causal else min(window, max(residues.num_keys - 1 - residues.start, 0))
         if position_key is not None:
             columns = position_key[:, window - left : window + 1 + right]
             problems = problems._replace(position_key=columns.repeat(len(problems.query) // num_heads, 1, 1))
-        out = _windows(problems, residues.start, left, right, scale)
+        beside = None
+        if global_keys is not None:
+            first_row = query_start + residues.first_row
+            beside = GlobalColumns.of(*global_keys, first_row, dilation, residues.num_classes, causal)
+        out = _windows(problems, residues.start, left, right, scale, beside)
         outputs.append(out.view(batch, -1, num_heads, *out.shape[1:]))
     return join_residues(outputs, seq_len)
 
@@ -143,117 +163,35 @@ def _head_mask(valid, num_heads):
     return None if valid is None else valid[:, :, None, None].expand(-1, -1, num_heads, 1)
 
 
-class _Problems(NamedTuple):
-    """P independent problems of N rows and K keys.
-
-    query, position_query [P, N, D]; key, value [P, K, D]; position_key [P, columns, D]; row_valid bool [P, N, 1],
-    key_valid [P, K, 1].
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    position_query: torch.Tensor | None = None
-    position_key: torch.Tensor | None = None
-    row_valid: torch.Tensor | None = None
-    key_valid: torch.Tensor | None = None
-
-    def split(self, size):
-        """The same in parts of at most `size` problems."""
-        parts = [(None,) * -(-len(self.query) // size) if t is None else t.split(size) for t in self]
-        return [_Problems(*part) for part in zip(*parts, strict=True)]
-
-    def zeros(self):
-        """The result where there is no key: zeros, with zero gradients of every input."""
-        empty = (self.query, self.key, self.value, self.position_query, self.position_key)
-        return torch.zeros_like(self.query) + sum(tensor[:0].sum() for tensor in empty if tensor is not None)
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """Blocks of rows, row i standing at key `start + i`; each touches `span` keys, from `left` before its first row."""
-
-    num_rows: int
-    num_keys: int
-    start: int
-    left: int
-    right: int
-    block: int
-
-    @property
-    def num_blocks(self):
-        return -(-self.num_rows // self.block)
-
-    @property
-    def tail(self):
-        """Rows the last block has beyond the last row."""
-        return self.num_blocks * self.block - self.num_rows
-
-    @property
-    def span(self):
-        return self.left + self.block + self.right
-
-    def ranges(self, most):
-        """Blocks by mask, at most `most` together: at the start, with the plain band, at the end."""
-        first = min(max(-(-(self.left - self.start) // self.block), 0), self.num_blocks)
-        last = min(max(first, (self.num_keys - self.right - self.start) // self.block), self.num_blocks)
-        bounds = {0, first, last, self.num_blocks}
-        for start, stop in ((0, first), (first, last), (last, self.num_blocks)):
-            bounds.update(range(start, stop, most))
-        bounds = sorted(bounds)
-        return list(zip(bounds, bounds[1:], strict=False))
-
-    def ends(self, first, last):
-        """(begin, end) of the keys that a range of blocks touches; some may lie off either end of the sequence."""
-        return first * self.block + self.start - self.left, last * self.block + self.start + self.right
-
-    def is_plain(self, first, last):
-        """Whether no key of these blocks lies off either end, so that one mask serves them all."""
-        begin, end = self.ends(first, last)
-        return begin >= 0 and end <= self.num_keys
-
-    def stretch(self, first, last):
-        """((begin, end), (before, after)): what there is of the keys of a range, and how many are missing around it."""
-        begin, end = self.ends(first, last)
-        there = min(max(begin, 0), self.num_keys)
-        stop = max(min(end, self.num_keys), there)
-        before = max(there - begin, 0)
-        return (there, stop), (before, end - begin - before - (stop - there))
-
-    def band(self, first, last, like):
-        """Additive mask [1, blocks or 1, block, span] of a range of blocks: 0 where a key is seen, -inf elsewhere."""
-        stop = first + 1 if self.is_plain(first, last) else last
-        starts = torch.arange(first, stop, device=like.device)[:, None, None] * self.block + self.start
-        rows = starts + torch.arange(self.block, device=like.device)[:, None]
-        cols = starts - self.left + torch.arange(self.span, device=like.device)  # [blocks, 1, span]
-        seen = (cols >= rows - self.left) & (cols <= rows + self.right) & (cols >= 0) & (cols < self.num_keys)
-        # a row so far past the end that it sees no key sees its own zeros: without keys there is no softmax
-        seen |= (cols == rows) & (rows - self.left >= self.num_keys)
-        return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))[None]
-
-
-def _windows(problems, start, left, right, scale):
+def _windows(problems, start, left, right, scale, columns):
     """Undilated windows, row i at key `start + i`: problems of N rows -> [P, N, D]."""
     num_problems, num_rows, head_dim = problems.query.shape
-    if not problems.key.shape[1]:
+    num_columns = 0 if columns is None else columns.key.shape[1]
+    if not problems.key.shape[1] and not num_columns:
         return problems.zeros()
-    block = _block_size(num_rows, left + right, _explicit(problems))
-    blocks = _Blocks(num_rows, problems.key.shape[1], start, left, right, block)
+    explicit, masked = _explicit(problems), problems.key_valid is not None
+    block = _block_size(num_rows, left + right + num_columns, explicit)
+    blocks = Blocks(num_rows, problems.key.shape[1], start, left, right, block)
     element = problems.query.element_size()
-    bytes_per_block = blocks.span * head_dim * element
+    touched = blocks.span + num_columns
+    bytes_per_block = touched * head_dim * element
     chunk = max(1, min(num_problems, CHUNK_BYTES // (blocks.num_blocks * bytes_per_block)))
     ranges = blocks.ranges(max(1, CHUNK_BYTES // (chunk * bytes_per_block)))
-    scores_bytes = num_problems * blocks.num_blocks * blocks.block * blocks.span * element
     # scores, or masks that differ from row to row: what autograd would hold beside inputs and outputs
-    masked = problems.key_valid is not None
-    kept = _explicit(problems) or masked or blocks.num_blocks < 2 * (left + right) // blocks.block
-    recompute = kept and scores_bytes > KEEP_BYTES and torch.is_grad_enabled()
+    kept_bytes = num_problems * blocks.num_blocks * blocks.block * touched * element
+    kept = explicit or masked or num_columns or blocks.num_blocks < 2 * (left + right) // blocks.block
+    if num_columns and not explicit:  # keys and values with columns beside them are copies
+        kept_bytes += num_problems * blocks.num_blocks * 2 * bytes_per_block
+    recompute = kept and kept_bytes > KEEP_BYTES and torch.is_grad_enabled()
+    if columns is not None:
+        problems = problems._replace(number=torch.arange(num_problems, device=problems.query.device))
     outputs = []
     for part in problems.split(chunk):
         if recompute:
-            outputs.append(checkpoint(_attend_blocks, part, blocks, ranges, scale, use_reentrant=False))
+            out = checkpoint(_attend_blocks, part, blocks, ranges, scale, columns, use_reentrant=False)
         else:
-            outputs.append(_attend_blocks(part, blocks, ranges, scale))
+            out = _attend_blocks(part, blocks, ranges, scale, columns)
+        outputs.append(out)
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -266,42 +204,15 @@ def _block_size(num_rows, reach, explicit):
     return min(num_rows, max(64, min(256, 1 << max(aim - 1, 1).bit_length())))
 
 
-class _Stretches(torch.autograd.Function):
-    """[P, L, D] -> a view of each stretch of rows, which may overlap; the backward adds their gradients up."""
+class _Beside(NamedTuple):
+    """Columns beside the windows: key, value [P, G, D], shared by the blocks; additive mask [P, blocks, block, G]."""
 
-    @staticmethod
-    def forward(ctx, padded, stretches):
-        ctx.shape, ctx.stretches = padded.shape, stretches
-        return tuple(padded[:, first:last] for first, last in stretches)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        total = grads[0].new_zeros(ctx.shape)
-        for (first, last), grad in zip(ctx.stretches, grads, strict=True):
-            total[:, first:last] += grad
-        return total, None
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor
 
 
-class _OverlappingBlocks(torch.autograd.Function):
-    """[P, L, D] -> a view [P, blocks, span, D], starts `block` apart; the backward adds shifted slices."""
-
-    @staticmethod
-    def forward(ctx, rows, block, span):
-        ctx.shape, ctx.block = rows.shape, block
-        return rows.unfold(1, span, block).transpose(-1, -2)
-
-    @staticmethod
-    def backward(ctx, grad):
-        num_problems, num_blocks, span, dim = grad.shape
-        pieces = -(-span // ctx.block)
-        total = grad.new_zeros(num_problems, num_blocks - 1 + pieces, ctx.block, dim)
-        for piece in range(pieces):
-            part = grad[:, :, piece * ctx.block : (piece + 1) * ctx.block]
-            total[:, piece : piece + num_blocks, : part.shape[2]] += part
-        return total.flatten(1, 2)[:, : ctx.shape[1]], None, None
-
-
-def _attend_blocks(problems, blocks, ranges, scale):
+def _attend_blocks(problems, blocks, ranges, scale, columns):
     """Some of the problems, one range of blocks at a time: [P, N, D]."""
     rows_pad = (0, 0, 0, blocks.tail)
     # without a tail F.pad would copy
@@ -309,26 +220,31 @@ def _attend_blocks(problems, blocks, ranges, scale):
     query = query.unflatten(1, (-1, blocks.block))  # [P, blocks, block, D]
     # a stretch of keys a range: the gradient of its overlapping copies is folded before the next one's is made
     stretches, pads = zip(*(blocks.stretch(first, last) for first, last in ranges), strict=True)
-    key_parts, value_parts = (_Stretches.apply(tensor, stretches) for tensor in (problems.key, problems.value))
+    key_parts, value_parts = (Stretches.apply(tensor, stretches) for tensor in (problems.key, problems.value))
+    shared = None if columns is None else columns.of_problems(problems.number)
     outputs, plain = [], None
     for (first, last), pad, keys, values in zip(ranges, pads, key_parts, value_parts, strict=True):
-        keys = _OverlappingBlocks.apply(F.pad(keys, (0, 0, *pad)), blocks.block, blocks.span)  # [P, blocks, span, D]
-        values = _OverlappingBlocks.apply(F.pad(values, (0, 0, *pad)), blocks.block, blocks.span)
-        if blocks.is_plain(first, last):
-            mask = plain = blocks.band(first, last, problems.query) if plain is None else plain
-        else:
-            mask = blocks.band(first, last, problems.query)
-        if problems.key_valid is not None:
-            mask = _mask_invalid(mask, problems.key_valid[..., 0], first, last, blocks)
+        keys = OverlappingBlocks.apply(F.pad(keys, (0, 0, *pad)), blocks.block, blocks.span)  # [P, blocks, span, D]
+        values = OverlappingBlocks.apply(F.pad(values, (0, 0, *pad)), blocks.block, blocks.span)
         rows = query[:, first:last]
+        beside = None
+        if plain is not None and blocks.is_plain(first, last):
+            mask = plain
+        else:
+            seen, seen_beside = _seen(problems, blocks, first, last, columns)
+            mask = _additive(seen, rows)
+            if shared is not None:
+                beside = _Beside(shared[0], shared[1], _additive(seen_beside, rows))
+            elif problems.key_valid is None and blocks.is_plain(first, last):
+                plain = mask
         if not _explicit(problems):
-            outputs.append(F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale))
+            outputs.append(_fused(rows, keys, values, mask, beside, scale))
             continue
-        scores = (rows * scale) @ keys.transpose(-1, -2) + mask  # [P, blocks, block, span]
+        bias = None
         if problems.position_query is not None:
-            rows = F.pad(problems.position_query, rows_pad).unflatten(1, (-1, blocks.block))[:, first:last] * scale
-            scores = scores + _skew(rows @ problems.position_key[:, None].transpose(-1, -2), blocks.span)
-        outputs.append(torch.softmax(scores, dim=-1) @ values)
+            asking = F.pad(problems.position_query, rows_pad).unflatten(1, (-1, blocks.block))[:, first:last] * scale
+            bias = skew(asking @ problems.position_key[:, None].transpose(-1, -2), blocks.span)
+        outputs.append(_in_the_open(rows * scale, keys, values, mask, bias, beside))
     out = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
     out = out.flatten(1, 2)[:, : blocks.num_rows]
     return out if problems.row_valid is None else out.masked_fill(~problems.row_valid, 0.0)
@@ -342,20 +258,78 @@ def _explicit(problems):
     return problems.position_query is not None or (half and problems.query.device.type == "cpu")
 
 
-def _mask_invalid(mask, valid, first, last, blocks):
-    """Add the key mask [P, K] to a band: [P, blocks, block, span]. A row left without a key sees its own place: a
-    softmax needs one, and there lie zeros, or the row is not valid either.
+def _seen(problems, blocks, first, last, columns):
+    """What the rows of a range of blocks see: of their keys, bool [P or 1, blocks or 1, block, span], and of the
+    columns, [P, blocks, block, G] or None.
     """
-    (begin, end), pad = blocks.stretch(first, last)
-    keys = F.pad(valid[:, begin:end], pad).unfold(1, blocks.span, blocks.block)
-    mask = mask.masked_fill(~keys[:, :, None], float("-inf"))
-    row = torch.arange(blocks.block, device=valid.device)[:, None]
-    own = torch.arange(blocks.span, device=valid.device) == row + blocks.left
-    return mask.masked_fill(own & mask.isinf().all(dim=-1, keepdim=True), 0.0)
+    device = problems.query.device
+    seen, seen_beside = blocks.band(first, last, device), None
+    if problems.key_valid is not None:
+        seen = seen & blocks.of_keys(problems.key_valid[..., 0], first, last)
+    if columns is not None:
+        rows = (first * blocks.block, last * blocks.block)
+        seen_beside = columns.seen(problems.number, *rows, blocks.left, blocks.right)
+        seen_beside = seen_beside.unflatten(1, (last - first, blocks.block))
+    if problems.key_valid is None and blocks.is_plain(first, last):
+        return seen, seen_beside
+    # a softmax needs a key: a row that sees none sees its own place, where zeros lie, or the row is not valid either
+    alone = ~seen.any(dim=-1, keepdim=True)
+    if seen_beside is not None:
+        alone = alone & ~seen_beside.any(dim=-1, keepdim=True)
+    return seen | (alone & blocks.own(device)), seen_beside
 
 
-def _skew(columns, span):
-    """[…, block, columns] by distance -> […, block, span] by key: row i shifts right by i."""
-    block, width = columns.shape[-2:]
-    padded = F.pad(columns, (0, span + 1 - width)).flatten(-2)
-    return padded[..., : block * span].unflatten(-1, (block, span))
+def _additive(seen, like):
+    """A mask to add to scores: 0 where a key is seen, -inf elsewhere."""
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+
+
+def _fused(rows, keys, values, mask, beside, scale):
+    """rows [P, blocks, block, D] over keys, values [P, blocks, span, D] and the columns beside them."""
+    if beside is not None:
+        keys, values = (
+            torch.cat([tensor, more[:, None].expand(-1, tensor.shape[1], -1, -1)], dim=2)
+            for tensor, more in ((keys, beside.key), (values, beside.value))
+        )
+        mask = torch.cat([mask.expand(*beside.mask.shape[:3], -1), beside.mask], dim=-1)
+    return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
+
+
+def _in_the_open(rows, keys, values, mask, bias, beside):
+    """As `_fused`, for rows that are scaled already, with `bias` [P, blocks, block, span] on the scores."""
+    scores = rows @ keys.transpose(-1, -2) + mask
+    if bias is not None:
+        scores = scores + bias
+    if beside is None:
+        return torch.softmax(scores, dim=-1) @ values
+    scores_beside = (rows.flatten(1, 2) @ beside.key.transpose(-1, -2)).view_as(beside.mask) + beside.mask
+    weights = torch.softmax(torch.cat([scores, scores_beside], dim=-1), dim=-1)
+    weights, weights_beside = weights.tensor_split([scores.shape[-1]], dim=-1)
+    return weights @ values + (weights_beside.flatten(1, 2) @ beside.value).view_as(rows)
+
+
+def global_rows_attention(
+    query_global: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    global_index: torch.Tensor,
+    scale: float,
+    valid: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """As `reference.global_rows_attention`; keys are not copied, a mask is [B, G, S] if `causal`, else [B, 1, S]."""
+    num_keys = key.shape[1]
+    seen = None if valid is None else valid[:, None, :]
+    if causal:
+        before = torch.arange(num_keys, device=key.device) <= global_index[:, :, None]  # [B, G, S]
+        seen = before if seen is None else before & seen
+    if seen is not None:
+        # a softmax needs a key: a row that sees none is not computed, so it may see any
+        seen = (seen | ~seen.any(dim=-1, keepdim=True))[:, None]
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query_global, key, value))
+    # one call for each of the query heads that share a key head: its keys are read again, never copied
+    groups = query.unflatten(1, (key.shape[1], -1)).unbind(2)  # [B, Hkv, G, D] each
+    outputs = [F.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scale) for rows in groups]
+    out = torch.stack(outputs, dim=2).flatten(1, 2).transpose(1, 2)
+    return out.masked_fill(~at_real_tokens(global_index, num_keys, valid)[:, :, None, None], 0.0)

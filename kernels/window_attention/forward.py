@@ -146,9 +146,7 @@ def window_attention_fwd_kernel(
                 left, right, first_key, dilation, CAUSAL,
             )  # fmt: skip
             scores = tl.where(seen, matmul(query, tl.trans(key), ACC, PRECISION), float("-inf"))
-            acc, row_max, row_sum = softmax_step(
-                acc, row_max, row_sum, scores, value, exponent_scale, True, PRECISION
-            )
+            acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, value, exponent_scale, True, PRECISION)
 
     out, lse2 = softmax_end(acc, row_max, row_sum, exponent_scale)
     if HAS_VALID:

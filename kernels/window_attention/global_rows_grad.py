@@ -38,12 +38,12 @@ def global_rows_key_grad_kernel(
     key_tile += tile_offsets(keys, key_stride_t, dims, key_stride_d)
     value_tile = value_ptr + batch * value_stride_b + key_head * value_stride_h
     value_tile += tile_offsets(keys, value_stride_t, dims, value_stride_d)
-    key = load_tile(key_tile, there, dim_mask, True, MASK_DIMS)  # [BLOCK_N, BLOCK_D]
-    value = load_tile(value_tile, there, dim_mask, True, MASK_DIMS)
     real_keys = there
     valid_base = valid_ptr + batch * valid_stride_b if HAS_VALID else None
     if HAS_VALID:
         real_keys = tl.load(valid_base + keys.to(tl.int64) * valid_stride_t, mask=there, other=0) != 0
+    key = load_tile(key_tile, real_keys, dim_mask, True, MASK_DIMS)  # [BLOCK_N, BLOCK_D]
+    value = load_tile(value_tile, real_keys, dim_mask, True, MASK_DIMS)
 
     key_grad = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     value_grad = tl.zeros([BLOCK_N, BLOCK_D], ACC)
@@ -182,4 +182,3 @@ def global_rows_grad(
         )  # fmt: skip
     query_grad = (partial.sum(0) * scale).to(query.dtype).transpose(1, 2).contiguous()
     return query_grad, key_grad, value_grad
-

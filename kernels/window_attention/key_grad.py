@@ -90,8 +90,12 @@ def window_attention_key_grad_kernel(
     key_tile += tile_offsets(places, key_stride_t, dims, key_stride_d)
     value_tile = value_ptr + batch * value_stride_b + key_head * value_stride_h
     value_tile += tile_offsets(places, value_stride_t, dims, value_stride_d)
-    key = load_tile(key_tile, key_mask, dim_mask, True, MASK_DIMS)  # [BLOCK_N, BLOCK_D]
-    value = load_tile(value_tile, key_mask, dim_mask, True, MASK_DIMS)
+    real = key_mask
+    if HAS_VALID:
+        valid_place = valid_ptr + batch * valid_stride_b + places.to(tl.int64) * valid_stride_t
+        real = tl.load(valid_place, mask=key_mask, other=0) != 0
+    key = load_tile(key_tile, real, dim_mask, True, MASK_DIMS)  # [BLOCK_N, BLOCK_D]
+    value = load_tile(value_tile, real, dim_mask, True, MASK_DIMS)
 
     key_grad = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     value_grad = tl.zeros([BLOCK_N, BLOCK_D], ACC)
@@ -132,8 +136,6 @@ def window_attention_key_grad_kernel(
 
     if HAS_VALID:
         # a key's gradients hold its own probabilities alone: those of a key that nobody sees are cleared at the end
-        valid_place = valid_ptr + batch * valid_stride_b + places.to(tl.int64) * valid_stride_t
-        real = tl.load(valid_place, mask=key_mask, other=0) != 0
         key_grad = tl.where(real[:, None], key_grad, 0.0)
         value_grad = tl.where(real[:, None], value_grad, 0.0)
     grad_tile = (batch * S * P + part) * D + tile_offsets(places, P * D, dims, 1)
@@ -180,7 +182,9 @@ def window_attention_key_grad(
             **launch.types(), **tiles,
         )  # fmt: skip
     if alone:
-        key_grad, value_grad = (grad.unflatten(2, (key_heads, -1)).sum(3).to(key.dtype) for grad in (key_grad, value_grad))
+        key_grad, value_grad = (
+            grad.unflatten(2, (key_heads, -1)).sum(3).to(key.dtype) for grad in (key_grad, value_grad)
+        )
     return key_grad, value_grad
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from kernels.tiles import INTERPRETED, LOG2_E
+from kernels.tiles import LOG2_E
 from kernels.window_attention import tile_table
 from kernels.window_attention.pattern import WindowPattern
 
@@ -116,6 +116,6 @@ def num_splits(length: int, num_programs: int, block: int) -> tuple[int, int]:
 
 def interpreted_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """bfloat16 as float32 where the interpreter runs, whose arithmetic on bfloat16 is wrong; else as they are."""
-    if not INTERPRETED:
+    if not tile_table.INTERPRETED:
         return tensors
     return tuple(tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in tensors)

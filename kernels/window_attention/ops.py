@@ -8,52 +8,53 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.tiles import INTERPRETED
 from kernels.window_attention import global_columns, global_rows, global_rows_grad, tile_table
 from kernels.window_attention.forward import window_attention_fwd
 from kernels.window_attention.key_grad import window_attention_key_grad
 from kernels.window_attention.launch import GlobalKeys, interpreted_inputs
 from kernels.window_attention.pattern import WindowPattern
 from kernels.window_attention.query_grad import window_attention_query_grad
+from kernels.window_attention.tile_table import INTERPRETED
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
 LACKING = ("position_query", "position_key")
 
 
-def why_not(query: Tensor, *, head_dim: int, needs: Sequence[str] = ()) -> str | None:
-    """Why the kernels cannot compute for `query` [B, T, H, D], as a clause; None where they can.
-
-    needs: arguments of the call beyond query, key, value and the pattern.
-    """
+def why_not(device: torch.device, dtype: torch.dtype, *, head_dim: int, needs: Sequence[str] = ()) -> str | None:
+    """As `api.why_not_triton`, once Triton is there."""
     lacking = [name for name in needs if name in LACKING]
     if lacking:
         return f"the kernels have no {' and '.join(lacking)}"
-    if query.dtype not in DTYPES and not (INTERPRETED and query.dtype == torch.float64):
-        return f"the kernels take float32, float16 and bfloat16, not {query.dtype}"
+    if dtype not in DTYPES and not (INTERPRETED and dtype == torch.float64):
+        return f"the kernels take float32, float16 and bfloat16, not {dtype}"
     if head_dim > tile_table.MAX_HEAD_DIM:
         return f"the kernels take a head dim of at most {tile_table.MAX_HEAD_DIM}, not {head_dim}"
-    if query.device.type == "cpu":
+    if device.type == "cpu":
         advice = "move the tensors to a GPU, or set TRITON_INTERPRET=1 before Python starts"
         return None if INTERPRETED else f"the kernels run on CUDA, the tensors are on the CPU: {advice}"
-    if query.device.type != "cuda":
-        return f"the kernels run on CUDA, the tensors are on {query.device.type}"
+    if device.type != "cuda":
+        return f"the kernels run on CUDA, the tensors are on {device.type}"
     if INTERPRETED:
         return "TRITON_INTERPRET=1 is set, which takes tensors on the CPU"
-    return _device_lacks(query.device, query.element_size(), head_dim)
+    # by comparison, as a compiler may know the head dim as a symbol alone
+    padded = min(block for block in tile_table.BLOCK_DIMS if head_dim <= block)
+    return _device_lacks(device, dtype.itemsize, padded)
 
 
-def _device_lacks(device, element_size, head_dim):
+# asked once when a call is compiled: what a GPU is does not change
+@torch.compiler.assume_constant_result
+def _device_lacks(device, element_size, padded):
     """What a GPU is too small or too old for."""
     properties = torch.cuda.get_device_properties(device)
     found = (properties.major, properties.minor)
     if found < MIN_CAPABILITY:
         return f"the kernels need compute capability 8.0, {properties.name} has {found[0]}.{found[1]}"
     arch = f"sm_{found[0]}{found[1]}"
-    needed = tile_table.needed_shared_memory(arch, element_size, head_dim)
+    needed = tile_table.needed_shared_memory(arch, element_size, padded)
     if needed > properties.shared_memory_per_block_optin:
         return (
-            f"the kernels need {needed:,} bytes of shared memory for head dim {head_dim}, {properties.name} has "
+            f"the kernels need {needed:,} bytes of shared memory for heads of {padded} channels, {properties.name} has "
             f"{properties.shared_memory_per_block_optin:,}"
         )
     return None
@@ -198,9 +199,7 @@ def _global_rows_backward(
     out_grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse2: Tensor,
     global_index: Tensor, valid: Tensor | None, scale: float, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return global_rows_grad.global_rows_grad(
-        out_grad, query, key, value, out, lse2, global_index, valid, scale, causal
-    )
+    return global_rows_grad.global_rows_grad(out_grad, query, key, value, out, lse2, global_index, valid, scale, causal)
 
 
 @_global_rows_backward.register_fake

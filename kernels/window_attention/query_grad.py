@@ -160,7 +160,6 @@ def window_attention_query_grad_kernel(
     tl.store(query_grad_ptr + out_tile, query_grad, mask=row_mask[:, None] & dim_mask[None, :])
 
 
-
 def window_attention_query_grad(
     out_grad: torch.Tensor,
     query: torch.Tensor,
@@ -177,7 +176,8 @@ def window_attention_query_grad(
     """(query_grad [B, T, H, D], delta [B, H, T]); out and lse2 as the forward pass gave them."""
     launch = Launch(query, key, scale)
     batch, seq_len, num_heads, head_dim = query.shape
-    query_grad, delta = torch.empty_like(out), torch.empty_like(lse2)
+    query_grad = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    delta = torch.empty(lse2.shape, dtype=lse2.dtype, device=query.device)
     tiles = launch.tiles("query_grad", num_seen(pattern))
     longest = max(query_start + seq_len, key.shape[1])
     num_row_tiles = grid_tiles(pattern.dilation, seq_len, longest, tiles["BLOCK_M"])

@@ -6,6 +6,7 @@ measures candidates on a GPU and writes the rows anew.
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache, lru_cache
@@ -14,14 +15,16 @@ from typing import Any
 
 import torch
 
-from kernels.tiles import INTERPRETED
-
+# set before Triton is imported, then every kernel runs in Python on CPU tensors
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FILE = Path(__file__).with_name("tiles.json")
-MAX_HEAD_DIM = 256
+BLOCK_DIMS = (16, 32, 64, 128, 256)  # channels of a tile: those of a head, padded
+MAX_HEAD_DIM = BLOCK_DIMS[-1]
 # what the kernels take from a row; the rest of it says where it comes from
 OPTIONS = ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
 WINDOW_KERNELS = ("forward", "query_grad", "key_grad")  # those with a loop for the tiles that no edge crosses
 _target: ContextVar[str | None] = ContextVar("target", default=None)
+_trials: ContextVar[dict[str, dict[str, Any]]] = ContextVar("trials")
 
 
 @contextlib.contextmanager
@@ -34,8 +37,18 @@ def target(arch: str) -> Iterator[None]:
         _target.reset(token)
 
 
+@contextlib.contextmanager
+def trial(kernel: str, options: dict[str, Any]) -> Iterator[None]:
+    """Launch a kernel with these options in here instead of what the table says."""
+    token = _trials.set({**_trials.get({}), kernel: options})
+    try:
+        yield
+    finally:
+        _trials.reset(token)
+
+
 def architecture(device: torch.device) -> str:
-    """"interpreter", or "sm_XY" of a CUDA device or of the enclosing `target`."""
+    """ "interpreter", or "sm_XY" of a CUDA device or of the enclosing `target`."""
     chosen = _target.get()
     if chosen is not None:
         return chosen
@@ -54,6 +67,13 @@ def choose(kernel: str, *, arch: str, element_size: int, head_dim: int, num_seen
     The row is that of the newest architecture in the table which is not newer than `arch`. Raises ValueError where
     the table holds no row: a head dim above MAX_HEAD_DIM, an older architecture.
     """
+    if kernel in _trials.get({}):
+        return {**_trials.get()[kernel], "BLOCK_D": block_dim(head_dim)}
+    return dict(_options(kernel, arch, element_size, head_dim, num_seen))
+
+
+@lru_cache(maxsize=4096)
+def _options(kernel, arch, element_size, head_dim, num_seen):
     block_d = block_dim(head_dim)
     if arch == "interpreter":
         split = {"SPLIT": True} if kernel in WINDOW_KERNELS else {}

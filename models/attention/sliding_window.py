@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from kernels.window_attention import WindowPattern, window_attention
+from kernels.window_attention import WindowPattern, why_not_triton, window_attention
 from models.attention.options import layer_option, refuse_unknown
 from models.cache import LayerCache
 
@@ -36,7 +36,7 @@ class SlidingWindowAttention(nn.Module):
         causal: bool,
         window: int | Sequence,
         dilation: int | Sequence = 1,
-        impl: Literal["auto", "blocked", "reference"] = "auto",
+        impl: Literal["auto", "triton", "blocked", "reference"] = "auto",
     ):
         super().__init__()
         self.layer, self.num_layers, self.num_heads = layer, num_layers, num_heads
@@ -63,6 +63,14 @@ class SlidingWindowAttention(nn.Module):
     def set_options(self, pattern: WindowPattern, **options) -> None:
         """Take `pattern`, which `pattern_for(**options)` gave; options not named stay."""
         self.pattern, self.options = pattern, self.options | options
+
+    def check_device(self, device: torch.device) -> None:
+        """ValueError where `impl` names a path that cannot run on a device, or not with these positions."""
+        if self.impl == "triton":
+            head_dim = self.qkv.in_features // self.num_heads
+            reason = why_not_triton(device, head_dim=head_dim, needs=self.position.kernel_arguments)
+            if reason is not None:
+                raise ValueError(f"impl='triton': {reason}; use impl='auto'")
 
     def new_cache(self, batch_size: int) -> LayerCache:
         """An empty cache for this layer as its options are now."""

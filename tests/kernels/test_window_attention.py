@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kernels.window_attention import blocked, window_attention
 from tests.kernels.window import (
+    IMPLEMENTATIONS,
     MASKS,
     assert_blocked_is_the_oracle,
     assert_same,
@@ -123,7 +124,7 @@ def test_blocked_is_the_oracle_on_drawn_cases(drawn):
     assert_blocked_is_the_oracle(inputs, options)
 
 
-@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "seq_len, window, dilation, causal, mask, relative",
     [
@@ -180,7 +181,7 @@ def test_bfloat16_is_no_worse_than_plain_torch(name, causal, relative):
         assert rms_error(result[tensor], expected) <= 2 * rms_error(plain[tensor], expected), tensor
 
 
-@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_large_scores_stay_finite(impl):
     inputs = {name: 200 * tensor for name, tensor in make_inputs(90, dtype=torch.float32).items()}
     options = {"window": 9, "causal": True, "valid": make_valid("holes", 2, 90)}

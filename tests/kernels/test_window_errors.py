@@ -1,11 +1,9 @@
 """What the door of window attention refuses, and what it says."""
 
-import logging
-
 import pytest
 import torch
 
-from kernels.window_attention import api, window_attention
+from kernels.window_attention import global_rows_attention, window_attention
 from tests.kernels.window import make_inputs
 
 T, H, D = 6, 4, 2
@@ -20,7 +18,6 @@ def attend(shapes=None, **options):
 @pytest.mark.parametrize(
     "argument, value",
     [
-        ("global_index", torch.tensor([[0], [0]])),
         ("dropout", 0.1),
         ("dropout_seed", torch.tensor(1)),
         ("document_start", torch.zeros(2, T, dtype=torch.int64)),
@@ -70,6 +67,30 @@ def test_neutral_values_of_unbuilt_arguments_pass():
             r"valid must be bool \[2, 9\], got .*\(2, 6\)",
             id="valid_of_the_rows",
         ),
+        pytest.param(
+            {},
+            {"global_index": torch.tensor([0, 1])},
+            r"global_index must be \[2, G\] \(batch, global tokens\), got \(2,\)",
+            id="global_index_1d",
+        ),
+        pytest.param(
+            {},
+            {"global_index": torch.zeros(3, 4, dtype=torch.int64)},
+            r"global_index must be \[2, G\] .* got \(3, 4\)",
+            id="global_index_batch",
+        ),
+        pytest.param(
+            {},
+            {"global_index": torch.zeros(2, T, dtype=torch.bool)},
+            "global_index must be int64 or int32, got torch.bool: it holds positions, which global_positions",
+            id="global_index_mask",
+        ),
+        pytest.param(
+            {},
+            {"global_index": torch.zeros(2, 1, dtype=torch.int64, device="meta")},
+            "global_index is on meta, the other tensors are on cpu",
+            id="global_index_device",
+        ),
         pytest.param({"position_query": (2, T, H, D)}, {}, "position_query and position_key go together", id="alone"),
         pytest.param(
             {"position_query": (2, T, H, 5), "position_key": (H, 5, D)},
@@ -102,22 +123,64 @@ def test_bad_arguments_are_named(shapes, options, message):
         attend(shapes, **options)
 
 
-def test_a_named_path_never_falls_back():
-    with pytest.raises(NotImplementedError, match="impl='triton'"):
-        attend(impl="triton")
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("impl", ["auto", "blocked", "reference"])
+def test_a_mix_of_dtypes_is_refused(name, impl):
+    inputs = {each: tensor.detach() for each, tensor in make_inputs(T).items()}
+    inputs[name] = inputs[name].half()
+    mixed = ", ".join(str(tensor.dtype) for tensor in inputs.values())
+    with pytest.raises(ValueError, match=f"query, key and value must share one dtype: {mixed}"):
+        window_attention(**inputs, window=2, impl=impl)
+    query, key, value = inputs.values()
+    with pytest.raises(ValueError, match=f"query_global, key and value must share one dtype: {mixed}"):
+        global_rows_attention(query, key, value, global_index=torch.zeros(2, T).long(), impl=impl)
+
+
+def test_global_keys_beside_a_relative_term_are_named():
+    relative = make_inputs(T, columns=5)
+    with pytest.raises(NotImplementedError, match="global_index together with position_query is not implemented"):
+        window_attention(**relative, window=2, global_index=torch.tensor([[0], [0]]))
+
+
+def attend_rows(**changes):
+    inputs = {name: tensor.detach() for name, tensor in make_inputs(3, num_heads=H, key_len=T, head_dim=D).items()}
+    inputs = {"query_global": inputs.pop("query"), **inputs, "global_index": torch.tensor([[0, 2, -1], [1, 1, 5]])}
+    return global_rows_attention(**inputs | changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"query_global": torch.zeros(2, 3, D)}, r"query_global and key must be \[B, T, H, D\], got \(2, 3, 2\)"),
+        ({"query_global": torch.zeros(3, 3, H, D)}, r"query_global \(3, 3, 4, 2\) and key .* differ in batch"),
+        ({"value": torch.zeros(2, T, H, 3)}, r"share one shape: .*\(2, 6, 4, 3\)"),
+        ({"valid": torch.ones(2, 3, dtype=torch.bool)}, r"valid must be bool \[2, 6\], got .*\(2, 3\)"),
+        ({"global_index": torch.zeros(2, 4).long()}, r"global_index must be \[2, 3\] .* got \(2, 4\)"),
+        ({"global_index": torch.zeros(1, 3).long()}, r"global_index must be \[2, 3\] .* got \(1, 3\)"),
+        ({"global_index": torch.zeros(2, 3)}, "global_index must be int64 or int32, got torch.float32"),
+        ({"impl": "flash"}, "impl is 'flash', it must be one of auto, triton, blocked, reference"),
+    ],
+)
+def test_bad_arguments_of_global_rows_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        attend_rows(**changes)
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("dropout", 0.1),
+        ("dropout_seed", torch.tensor(1)),
+        ("document_start", torch.zeros(2, T, dtype=torch.int64)),
+        ("document_end", torch.zeros(2, T, dtype=torch.int64)),
+    ],
+)
+def test_unbuilt_arguments_of_global_rows_are_named(argument, value):
+    with pytest.raises(NotImplementedError, match=f"global_rows_attention: the argument {argument} is not implemented"):
+        attend_rows(**{argument: value})
 
 
 @pytest.mark.parametrize("impl", ["auto", "blocked", "reference"])
 def test_an_empty_text_gives_an_empty_result(impl):
     inputs = make_inputs(0)
     assert window_attention(**inputs, window=3, impl=impl).shape == (2, 0, 2, 4)
-
-
-def test_auto_says_once_what_it_took(caplog):
-    api._say_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger="kernels.window_attention.api"):
-        attend(impl="blocked")
-        assert not caplog.records
-        attend()
-        attend()
-    assert [record.message.split(":")[0] for record in caplog.records] == ["window_attention runs on the blocked path"]

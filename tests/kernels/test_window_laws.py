@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels.window_attention import window_attention
-from tests.kernels.window import MASKS, assert_same, error, make_inputs, make_valid, num_columns, run
+from tests.kernels.window import IMPLEMENTATIONS, MASKS, assert_same, error, make_inputs, make_valid, num_columns, run
 
-pytestmark = pytest.mark.parametrize("impl", ["reference", "blocked"])
+pytestmark = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 SIDES = pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_sides"])
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kernels.window_attention import blocked, window_attention
 from tests.kernels.test_window_runtime import LargestTensor
 from tests.kernels.window import (
+    IMPLEMENTATIONS,
     MASKS,
     assert_blocked_is_the_oracle,
     by_loops,
@@ -111,7 +112,7 @@ def test_blocked_is_the_oracle_on_drawn_cases(drawn):
     assert_blocked_is_the_oracle(inputs, options)
 
 
-@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @SIDES
 @TERMS
 def test_rows_are_those_of_the_whole_text(impl, causal, relative):
@@ -126,7 +127,7 @@ def test_rows_are_those_of_the_whole_text(impl, causal, relative):
         assert error(part.detach(), whole.detach()[:, first:last]) <= 1e-12
 
 
-@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_gradients_are_derivatives(impl):
     inputs = make_inputs(3, key_len=7, head_dim=2, columns=3)
     valid = make_valid("holes", 2, 7)

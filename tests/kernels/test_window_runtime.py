@@ -13,7 +13,8 @@ from kernels.window_attention import blocked, window_attention
 from tests.kernels.window import assert_same, error, make_inputs, make_valid, num_columns, run
 
 SIDES = pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_sides"])
-KINDS = pytest.mark.parametrize("kind", ["content", "masked", "relative", "relative_masked", "dilated"])
+NAMES = ["content", "masked", "relative", "relative_masked", "dilated", "globals", "globals_masked", "globals_dilated"]
+KINDS = pytest.mark.parametrize("kind", NAMES)
 
 
 def build(kind: str, seq_len: int, causal: bool, window: int = 64, dtype: torch.dtype = torch.float32, **shape):
@@ -21,12 +22,13 @@ def build(kind: str, seq_len: int, causal: bool, window: int = 64, dtype: torch.
     columns = num_columns(window, causal) if "relative" in kind else None
     inputs = make_inputs(seq_len, columns=columns, dtype=dtype, **shape)
     valid = make_valid("tail", len(inputs["query"]), seq_len) if "masked" in kind else None
-    dilation = [1, 3] if kind == "dilated" else 1
+    index = torch.tensor([[seq_len // 2, -1, 0, 3, seq_len - 1]]).expand(len(inputs["query"]), -1)
     return inputs, {
         "window": window,
-        "dilation": dilation,
+        "dilation": [1, 3] if "dilated" in kind else 1,
         "causal": causal,
         "valid": valid,
+        "global_index": index if "globals" in kind else None,
         "impl": "blocked",
     }
 
@@ -159,7 +161,7 @@ def test_recomputed_in_the_backward_pass(kind):
     assert all(torch.equal(one, other) for one, other in zip(plain_grads, again_grads, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["masked", "relative", "dilated"])
+@pytest.mark.parametrize("kind", ["masked", "relative", "dilated", "globals", "globals_masked"])
 def test_compiled_as_one_graph(kind):
     """No graph break in a call that every layer makes, and no warning from our code."""
     inputs, options = build(kind, 100, causal=True, window=9)

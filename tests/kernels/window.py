@@ -4,6 +4,8 @@ import torch
 
 from kernels.window_attention import window_attention
 
+# the paths whose values and laws are tested in one place; the kernels have files of their own
+IMPLEMENTATIONS = ("reference", "blocked")
 MASKS = ("none", "tail", "holes", "one_all_masked", "isolated")
 
 
@@ -58,10 +60,10 @@ def make_valid(kind: str, batch: int, seq_len: int, seed: int = 0) -> torch.Tens
     return valid
 
 
-def run(inputs: dict[str, torch.Tensor], **options) -> dict[str, torch.Tensor]:
+def run(inputs: dict[str, torch.Tensor], function=window_attention, **options) -> dict[str, torch.Tensor]:
     """Result "out" and the gradient of every input under one fixed random weighting of the result."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-    out = window_attention(**leaves, **options)
+    out = function(**leaves, **options)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     out.backward(weights.to(out.dtype))
     return {"out": out.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
@@ -109,6 +111,7 @@ def by_loops(
     dilation,
     causal,
     valid=None,
+    global_index=None,
     position_query=None,
     position_key=None,
     query_start=0,
@@ -122,16 +125,19 @@ def by_loops(
         for i in range(seq_len):
             for h in range(num_heads):
                 scores, values = [], []
-                for step in range(-window[h], 1 if causal else window[h] + 1):
-                    here = query_start + i
-                    j = here + step * dilation[h]
-                    if not 0 <= j < num_keys or (valid is not None and not valid[b, j]):
+                here = query_start + i
+                seen = {here + step * dilation[h] for step in range(-window[h], window[h] + 1)}
+                if global_index is not None:
+                    seen |= set(global_index[b].tolist())
+                for j in sorted(seen):
+                    if not 0 <= j < num_keys or (causal and j > here) or (valid is not None and not valid[b, j]):
                         continue
                     if valid is not None and here < num_keys and not valid[b, here]:
                         continue
                     score = torch.dot(query[b, i, h], key[b, j, h // shared])
                     if position_query is not None:
-                        score = score + torch.dot(position_query[b, i, h], position_key[h, step + window[h]])
+                        column = (j - here) // dilation[h] + window[h]
+                        score = score + torch.dot(position_query[b, i, h], position_key[h, column])
                     scores.append(score / head_dim**0.5)
                     values.append(value[b, j, h // shared])
                 if scores:

@@ -1,0 +1,258 @@
+"""The kernels on a GPU: every dtype and head dim against the oracle, and what only a GPU can show (`make gpu`)."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from kernels.window_attention import global_positions, global_rows_attention, window_attention
+from tests.command import run_train, small_run
+from tests.kernels.global_cases import make_global_index
+from tests.kernels.window import in_double, make_inputs, make_valid
+from tests.models.tiny import text, tiny_model
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def on_gpu(tensors):
+    return {name: None if tensor is None else tensor.detach().cuda() for name, tensor in tensors.items()}
+
+
+def results(function, inputs, **options):
+    """Result and gradients under one fixed random weighting."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    out = function(**leaves, **options)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), weights)]
+
+
+def assert_as_good_as_plain(function, inputs, options):
+    """1e-5 relative, or twice the error of dense attention in the same dtype."""
+    torch.set_float32_matmul_precision("highest")
+    exact = results(function, in_double(inputs), **options, impl="reference")
+    plain = results(function, inputs, **options, impl="reference")
+    ours = results(function, inputs, **options, impl="triton")
+    for truth, peer, found in zip(exact, plain, ours, strict=True):
+        assert torch.isfinite(found).all() and found.dtype == peer.dtype
+        largest = truth.abs().max().clamp(min=1e-30)
+        error, allowed = (((tensor.double() - truth).abs().max() / largest).item() for tensor in (found, peer))
+        assert error <= max(1e-5, 2 * allowed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 24, 32, 40, 64, 80, 96, 128, 160, 256])
+def test_every_head_dim(head_dim, dtype):
+    inputs = on_gpu(make_inputs(333, num_heads=4, key_heads=2, head_dim=head_dim, dtype=dtype))
+    options = {"window": [37, 37, 150, 8], "dilation": [1, 1, 1, 3], "causal": True}
+    assert_as_good_as_plain(window_attention, inputs, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["none", "first", "scattered", "ragged", "repeated", "all"])
+@pytest.mark.parametrize("mask", ["none", "tail", "holes", "one_all_masked"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_masks_and_global_keys(kind, mask, causal, dtype):
+    inputs = on_gpu(make_inputs(301, num_heads=2, head_dim=64, dtype=dtype))
+    masks = on_gpu({"valid": make_valid(mask, 2, 301), "global_index": make_global_index(kind, 2, 301)})
+    assert_as_good_as_plain(
+        window_attention, inputs, {"window": [40, 130], "dilation": [2, 1], "causal": causal, **masks}
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("window", [0, 64, 127, 128, 500, 5000])
+def test_windows_and_lengths_off_the_tiles(window, head_dim, dtype):
+    for seq_len in (1, 127, 128, 1025):
+        inputs = on_gpu(make_inputs(seq_len, batch=1, head_dim=head_dim, dtype=dtype))
+        assert_as_good_as_plain(window_attention, inputs, {"window": window, "causal": False})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("kind", ["first", "ragged", "out_of_range", "shuffled"])
+def test_global_rows(kind, causal, head_dim, dtype):
+    index = make_global_index(kind, 2, 1500)[:, :100]
+    inputs = make_inputs(index.shape[1], num_heads=4, key_heads=2, head_dim=head_dim, key_len=1500, dtype=dtype)
+    inputs = on_gpu({"query_global": inputs.pop("query"), **inputs})
+    masks = on_gpu({"valid": make_valid("holes", 2, 1500), "global_index": index})
+    assert_as_good_as_plain(global_rows_attention, inputs, {"causal": causal, **masks})
+
+
+def test_cached_rows_and_views_of_one_projection():
+    fused = torch.randn(2, 300, 3, 4, 64, device="cuda", dtype=torch.bfloat16)
+    query, key, value = fused.unbind(2)
+    inputs = {"query": query[:, 250:], "key": key, "value": value}
+    assert_as_good_as_plain(
+        window_attention, inputs, {"window": 60, "dilation": [1, 2, 3, 1], "causal": True, "query_start": 250}
+    )
+
+
+def long_problem(seq_len=16384, dtype=torch.bfloat16, num_global=64, batch=1, num_heads=12, head_dim=64):
+    torch.manual_seed(0)
+    sizes = (batch, seq_len, num_heads, head_dim)
+    inputs = {name: torch.randn(sizes, device="cuda", dtype=dtype) for name in ("query", "key", "value")}
+    index = torch.arange(num_global, device="cuda").expand(batch, -1) * (seq_len // max(num_global, 1))
+    return inputs, {"window": 256, "global_index": index if num_global else None, "impl": "triton"}
+
+
+def test_long_text_is_that_of_the_blocked_path():
+    inputs, options = long_problem(8192, torch.float32)
+    torch.set_float32_matmul_precision("highest")
+    ours = results(window_attention, inputs, **options)
+    for found, truth in zip(ours, results(window_attention, inputs, **options | {"impl": "blocked"}), strict=True):
+        assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+def test_two_runs_are_the_same_bits():
+    inputs, options = long_problem()
+    first, second = (results(window_attention, inputs, **options) for _ in range(2))
+    assert all(one.equal(two) for one, two in zip(first, second, strict=True))
+    rows = {"query_global": inputs["query"][:, :64], "key": inputs["key"], "value": inputs["value"]}
+    first, second = (
+        results(global_rows_attention, rows, global_index=options["global_index"], impl="triton") for _ in range(2)
+    )
+    assert all(one.equal(two) for one, two in zip(first, second, strict=True))
+
+
+def test_offsets_beyond_32_bits():
+    """The end of a text of more than 2^31 numbers a tensor is what it is on its own."""
+    seq_len, tail = 2**20 + 1000, 2000
+    inputs, options = long_problem(seq_len, num_heads=16, head_dim=128, num_global=0)
+    options |= {"dilation": [1, 7] * 8, "causal": True}
+    assert inputs["query"].numel() > 2**31
+    whole = results(window_attention, inputs, **options)
+    first = seq_len - tail - 256 * 7
+    last = results(window_attention, {name: tensor[:, first:] for name, tensor in inputs.items()}, **options)
+    # the same weights again would need the whole text: compare the result alone, and that gradients are there
+    torch.testing.assert_close(whole[0][:, -tail:], last[0][:, -tail:], rtol=0, atol=2e-2)
+    assert all(grad[:, -tail:].abs().sum() > 0 and torch.isfinite(grad[:, -tail:]).all() for grad in whole[1:])
+
+
+def test_lengths_compile_nothing_anew():
+    from kernels.window_attention.forward import window_attention_fwd_kernel
+    from kernels.window_attention.key_grad import window_attention_key_grad_kernel
+    from kernels.window_attention.query_grad import window_attention_query_grad_kernel
+
+    kernels = (window_attention_fwd_kernel, window_attention_query_grad_kernel, window_attention_key_grad_kernel)
+
+    def num_variants():
+        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+
+    def attend(seq_len):
+        inputs = on_gpu(make_inputs(seq_len, head_dim=64, dtype=torch.bfloat16))
+        results(window_attention, inputs, window=100, valid=torch.ones(2, seq_len, dtype=torch.bool).cuda())
+
+    attend(512)
+    before = num_variants()
+    for seq_len in (1, 16, 17, 100, 513, 1024, 3001):
+        attend(seq_len)
+    assert num_variants() == before
+
+
+def test_nothing_waits_for_the_gpu():
+    inputs, options = long_problem(4096)
+    query, key, value = (tensor.requires_grad_() for tensor in inputs.values())
+    is_global = torch.zeros(1, 4096, dtype=torch.bool, device="cuda")
+    is_global[:, ::512] = True
+    weights = torch.randn_like(query)
+
+    def step():
+        index = global_positions(is_global, None, 16)
+        local = window_attention(query, key, value, **options | {"global_index": index})
+        rows = global_rows_attention(query[:, :16], key, value, global_index=index)
+        torch.autograd.grad([local, rows], [query, key, value], [weights, weights[:, :16]])
+
+    step()
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_graph_replays_the_same():
+    inputs, options = long_problem(2048)
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+    weights = torch.randn_like(leaves[0])
+
+    def step():
+        out = window_attention(*leaves, **options)
+        return (out, *torch.autograd.grad(out, leaves, weights))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.copy_(torch.randn_like(leaf))
+    graph.replay()
+    torch.cuda.synchronize()
+    for replayed, expected in zip(captured, step(), strict=True):
+        assert replayed.equal(expected)
+
+
+def test_memory_is_that_of_the_tensors_that_must_exist():
+    inputs, options = long_problem(32768, num_global=0)
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+    weights = torch.randn_like(leaves[0])
+    torch.autograd.grad(window_attention(*leaves, **options), leaves, weights)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = torch.autograd.grad(window_attention(*leaves, **options), leaves, weights)
+    extra = torch.cuda.max_memory_allocated() - before
+    statistics = 2 * 4 * leaves[0].shape[0] * leaves[0].shape[1] * leaves[0].shape[2]
+    needed = 4 * leaves[0].numel() * leaves[0].element_size() + statistics  # the result, three gradients, two vectors
+    assert len(grads) == 3 and extra <= 1.1 * needed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_whole_model_under_the_compiler_autocast_and_checkpointing(dtype):
+    options = {"window": [3, 8, [16, 4, 2, 9]], "dilation": [1, 2, [1, 2, 3, 1]], "dim": 64, "dtype": torch.float32}
+    ids = text(200).cuda()
+
+    def loss_and_gradients(model, ids):
+        model.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            logits = model(ids[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+    plain = tiny_model(**options, impl="triton", loud=False).cuda()
+    expected = loss_and_gradients(tiny_model(**options, impl="blocked", loud=False).cuda(), ids)
+    recomputing = tiny_model(**options, impl="triton", loud=False, checkpoint_activations=True).cuda().train()
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    for model in (plain, recomputing, torch.compile(copy.deepcopy(plain), fullgraph=True)):
+        for found, truth in zip(loss_and_gradients(model, ids), expected, strict=True):
+            assert (found - truth).abs().max() <= tolerance * truth.abs().max().clamp(min=1e-3)
+
+
+def test_checkpointed_it_is_the_same():
+    inputs, options = long_problem(2048)
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+
+    def attend(*qkv):
+        return window_attention(*qkv, **options)
+
+    expected = torch.autograd.grad(attend(*leaves).float().sum(), leaves)
+    again = torch.autograd.grad(checkpoint(attend, *leaves, use_reentrant=False).float().sum(), leaves)
+    assert all(one.equal(two) for one, two in zip(again, expected, strict=True))
+
+
+def test_training_on_a_gpu_takes_the_kernels(tmp_path):
+    arguments = [*small_run(tmp_path), "device=cuda", "precision=bf16", f"run_dir={tmp_path / 'run'}"]
+    ended = run_train(*arguments, cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert "window_attention runs on the triton path" in (tmp_path / "run" / "train.log").read_text()
