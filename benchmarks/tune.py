@@ -111,7 +111,8 @@ def tune(kernel: str, head_dim: int, dtype: torch.dtype, window: int, max_seen: 
     def seconds(option):
         with tile_table.trial(kernel, option):
             call()
-            return do_bench(call, warmup=5, rep=20, quantiles=[0.5])
+            median: Any = do_bench(call, warmup=5, rep=20, quantiles=[0.5])
+            return median
 
     _, option = best_of(candidates(kernel, head_dim, element_size), seconds)
     arch = tile_table.architecture(torch.device("cuda", torch.cuda.current_device()))

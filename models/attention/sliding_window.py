@@ -1,7 +1,7 @@
 """Longformer's sliding-window self-attention as a module (arXiv 2004.05150, section 3.1)."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -68,7 +68,8 @@ class SlidingWindowAttention(nn.Module):
         """ValueError where `impl` names a path that cannot run on a device, or not with these positions."""
         if self.impl == "triton":
             head_dim = self.qkv.in_features // self.num_heads
-            reason = why_not_triton(device, head_dim=head_dim, needs=self.position.kernel_arguments)
+            needs: Any = self.position.kernel_arguments
+            reason = why_not_triton(device, head_dim=head_dim, needs=needs)
             if reason is not None:
                 raise ValueError(f"impl='triton': {reason}; use impl='auto'")
 

@@ -42,7 +42,7 @@ def _count_by_rows(
         tile = tl.where(inner, begin + index - (num_key_tiles - (end - begin)), edge_tile(index, begin, end))
         keys = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
         seen = in_window((shift + rows)[:, None], keys[None, :], left, right) & (keys < num_keys)[None, :]
-        seen = (seen | inner) & (rows < num_rows)[:, None]
+        seen = tl.where(inner, 1, seen.to(tl.int32)) * (rows < num_rows)[:, None].to(tl.int32) > 0
         place = count_ptr + (residue + rows * dilation)[:, None] * S + (first_key + keys * dilation)[None, :]
         tl.store(place, tl.load(place, mask=seen, other=0) + 1, mask=seen)
         tl.store(plain_ptr, tl.load(plain_ptr) + inner.to(tl.int32))
@@ -69,7 +69,7 @@ def _count_by_keys(
         tile = tl.where(inner, begin + index - (num_row_tiles - (end - begin)), edge_tile(index, begin, end))
         rows = first_row + tile * BLOCK_M + tl.arange(0, BLOCK_M)
         seen = in_window((shift + rows)[:, None], keys[None, :], left, right) & (rows < num_rows)[:, None]
-        seen = (seen | inner) & (keys < num_keys)[None, :]
+        seen = tl.where(inner, 1, seen.to(tl.int32)) * (keys < num_keys)[None, :].to(tl.int32) > 0
         place = count_ptr + (residue + rows * dilation)[:, None] * S + (first_key + keys * dilation)[None, :]
         tl.store(place, tl.load(place, mask=seen, other=0) + 1, mask=seen)
         tl.store(plain_ptr, tl.load(plain_ptr) + inner.to(tl.int32))
