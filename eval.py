@@ -82,12 +82,16 @@ def _run_of(checkpoint: Path) -> Path:
 
 
 def main(cfg) -> None:
-    """The task's official score of a checkpoint; printed and written to `eval/<split>-step-N.json` of its run."""
+    """The task's official score of a checkpoint; printed and written to `eval/<split>-step-N.json` of its run.
+
+    Raises NumericsError, when it is written, for a score that is not finite.
+    """
     from configs.run import check_same_data, evaluation_settings
     from configs.schema import ConfigError
     from training.checkpoint import newest_sound
     from training.distributed import Distributed
-    from training.evaluation import evaluate
+    from training.evaluation import evaluate, write_evaluation
+    from training.numerics import check_score
     from training.run_dir import RunDir
 
     with Distributed(cfg.device) as dist:
@@ -113,15 +117,17 @@ def main(cfg) -> None:
             raise ConfigError(f"split is {cfg.split!r}, it must be one of {', '.join(task.splits)}")
         check_same_data(run.state["data"], task.fingerprint, str(run.checkpoint))
         show = print if dist.is_main else lambda line: None
-        result = evaluate(task, run.model, cfg.split, dist=dist, precision=run.precision, settings=settings, show=show)
+        scores = evaluate(task, run.model, cfg.split, dist=dist, precision=run.precision, settings=settings, show=show)
+        result = {"step": step, **scores}
         if dist.is_main:
             if cfg.split != "train":
                 result["baselines"] = task.baselines(cfg.split, settings["share"])
-            name = f"eval/{cfg.split}-step-{step}.json"
-            RunDir(run.path).write_json(name, {"step": step, **result})
+            path, kept = write_evaluation(RunDir(run.path), result)
             how = ", ".join(f"{key} {result[key]}" for key in SAID if key in result)
             score = f"{cfg.split} {task.metric} {result[task.metric]!r} at step {step:,}"
-            print(f"{score} ({how}) -> {run.path / name}")
+            also = f"; what was there has other settings and is kept as {kept.name}" if kept else ""
+            print(f"{score} ({how}) -> {path}{also}")
+        check_score(result, task.metric, run.path)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def main(cfg) -> None:
     from configs.schema import ConfigError
     from eval import open_run
     from training.distributed import choose_device
+    from training.errors import NumericsError
     from training.precision import autocast
     from training.signals import Signals
 
@@ -39,6 +40,11 @@ def main(cfg) -> None:
             with autocast(run.precision, device), Signals() as signals, signals.held():
                 # looked for between two pieces: thrown anywhere, an interruption may be lost in a library
                 run.task.continue_text(run.model, prompt, **how, show=partial(stoppable, show, signals))
+        except FloatingPointError as error:
+            raise NumericsError(
+                f"{run.checkpoint} cannot continue this text: {error}. Take an earlier checkpoint of the run "
+                f"(checkpoint={run.path / 'checkpoints'}/step-N), or train it again with a lower learning rate."
+            ) from None
         finally:
             # what came before an interruption stays
             row |= {

@@ -1,6 +1,7 @@
 """Train a model: python train.py [experiment=NAME] [key=value …] [run_dir=DIR] [-m]."""
 
 import logging
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
@@ -56,7 +57,9 @@ def run(cfg, phases, task, path, dist) -> None:
 
     changes = check_same_run(path, cfg)
     folder = RunDir(path)
-    if folder.read_status().get("status") == "finished":
+    status, num_steps = folder.read_status(), sum(phase.steps for phase in phases)
+    # with more steps than were made, a change that was let pass, it goes on
+    if status.get("status") == "finished" and num_steps <= status.get("step", num_steps):
         if dist.is_main:
             print(finished(path))
         return
@@ -73,7 +76,8 @@ def run(cfg, phases, task, path, dist) -> None:
             on_exit.enter_context(folder.log_file())
         signals = Signals(
             on_abort=lambda name: leave_word("failed", reason=f"a second signal, {name}"),
-            advice="the same command with this run_dir goes on",
+            # what the user gave, of a sweep the folder of all its jobs
+            advice=f"the same command with {shlex.quote(f'run_dir={cfg.run_dir or path}')} goes on",
         )
         on_exit.enter_context(signals)
         dist.barrier()
@@ -343,6 +347,7 @@ def finish(session) -> None:
     """The final test of the trained model, its result and report."""
     from configs.phases import phase_patterns
     from reports.result import write_result
+    from training.numerics import check_score
     from training.precision import autocast
     from training.progress import peak_memory_bytes
 
@@ -362,6 +367,7 @@ def finish(session) -> None:
         with autocast(session.precision, session.dist.device):
             told = write_result(session.folder, session.task, session.model, result, patterns, session.tracker)
         session.progress.message(told)
+    check_score(result, session.task.metric, session.folder.path)  # the main process has done so before its report
 
 
 if __name__ == "__main__":

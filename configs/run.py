@@ -70,8 +70,15 @@ def check_same_run(run_dir: Path, cfg: DictConfig) -> list[str]:
 
     Returns the differences that pass, as lines `- key: value there` and `+ key: value now`: those of the place it runs
     in (LOCAL_KEYS) and those that `cfg.resume.allow_changes` lets pass. Raises ConfigError listing those that nothing
-    allows, those that no entry can allow (the task, the shapes of the model), and for an entry that names no key.
+    allows, those that no entry can allow (the task, the shapes of the model), for an entry that names no key, and for
+    checkpoints without the configuration that they were trained with.
     """
+    checkpoints = (path.name for path in (run_dir / "checkpoints").glob("step-*"))
+    if not (run_dir / CONFIG).is_file() and any(name.removeprefix("step-").isdecimal() for name in checkpoints):
+        raise ConfigError(
+            f"run_dir={run_dir} holds checkpoints of a run but no {CONFIG}, which says what they were trained with: "
+            "restore it from a copy, or use another run_dir"
+        )
     allowed = list(cfg.resume.allow_changes)
     saved = load_run(run_dir) if (run_dir / CONFIG).is_file() else cfg
     _check_entries(allowed, plain(saved), plain(cfg))

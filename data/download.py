@@ -94,9 +94,9 @@ def _fetch(url: str, destination: Path, progress: bool) -> None:
             failures = 0 if _size(part) > furthest else failures + 1
             furthest = max(furthest, _size(part))
             if failures >= MAX_TRIES:
+                kept = f"{_size(part):,} bytes are kept in {part}, the same command continues from there; "
                 raise DataError(
-                    f"cannot download {url} ({reason}); {_size(part):,} bytes are kept in {part}, the same "
-                    f"command continues from there; without a network {_ADVICE}"
+                    f"cannot download {url} ({reason}); {kept if _size(part) else ''}without a network {_ADVICE}"
                 )
             time.sleep(0.2 * 2**failures)
     os.replace(part, destination)

@@ -30,7 +30,8 @@ def generate(
     `model`: a CharLM, in evaluation mode. `temperature` 0 takes the likeliest token; else one is drawn from the
     softmax of logits / temperature, among the `top_k` likeliest or the likeliest that make up `top_p`. The same seed
     draws the same on one machine; the generators of the CPU and of the model's device are left as they were. Only
-    the first `num_symbols` tokens are taken, all if None. `show` gets each token as it comes.
+    the first `num_symbols` tokens are taken, all if None. `show` gets each token as it comes. Raises
+    FloatingPointError where the model's output is not finite.
     """
     if prompt.dim() != 1 or not len(prompt):
         raise ValueError(f"prompt must be [T] with at least one token, got {tuple(prompt.shape)}")
@@ -75,6 +76,8 @@ def _classes() -> tuple[Any, Any]:
         def forward(self, input_ids, **unused):
             pieces = input_ids[:, self.read.position :].split(PIECE, dim=1)
             *_, logits = (self.model(piece, cache=self.read)[:, -1:, : self.num_symbols] for piece in pieces)
+            if not logits.isfinite().all():
+                raise FloatingPointError("what the model gives for the next token is not finite")
             return CausalLMOutput(logits=logits)
 
         def prepare_inputs_for_generation(self, input_ids, **unused):

@@ -5,7 +5,8 @@
 
 RUN is a run folder, or a folder that holds run folders (a sweep). Runs whose configs differ in the seed alone
 are one line; the columns are the settings that differ. Unfinished runs are listed with
-their state (running, preempted, failed, or interrupted: its process is gone) and not averaged.
+their state (running, preempted, failed, or interrupted: its process is gone) and not averaged;
+a score that is not finite stands on a line of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from reports.compare_runs import MISSING, Comparison, Row, compare_runs
 from reports.console import console, run_command
 from reports.errors import ReportError
 from reports.metrics import format_score, metric_named
-from training.files import write_text
+from training.files import to_json, write_text
 
 __all__ = ["Comparison", "Row", "compare_runs", "main"]
 
@@ -210,11 +210,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.json:
         rows = [row.as_json() for row in comparison.rows]
         shown = {"metric": comparison.metric, "keys": comparison.keys, "together": comparison.together}
-        print(
-            json.dumps(
-                {**shown, "averaged": comparison.averaged, "problems": comparison.problems, "rows": rows}, default=str
-            )
-        )
+        print(to_json({**shown, "averaged": comparison.averaged, "problems": comparison.problems, "rows": rows}))
         return
     _print(comparison)
     for path in written:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from configs.saved import flatten
 from reports.errors import ReportError
-from reports.metrics import headline_metric, is_number, metric_named
+from reports.metrics import headline_metric, is_number, metric_named, number
 from reports.run_folder import RunFolder, find_runs, read_run
 
 # where a run lies, what it prints and what it keeps: none of it changes what is learned
@@ -25,7 +26,8 @@ class Row:
     """One group of runs that differ in their seed alone, or one run without the score.
 
     `settings` holds the keys that differ between the groups; `values` one score a run, in the order of `runs`
-    and `seeds`; `spread` is max - min; `std` is the sample standard deviation, None for a single run.
+    and `seeds`; `spread` is max - min; `std` is the sample standard deviation, None for a single run. `nonfinite` is
+    the score of a run whose score is not finite: it stands as the mean of a row of its own.
     """
 
     settings: dict[str, Any]
@@ -34,6 +36,7 @@ class Row:
     values: list[float] = field(default_factory=list)
     status: str = "finished"
     tokens_per_second: float | None = None
+    nonfinite: float | None = None
 
     @property
     def num_runs(self) -> int:
@@ -41,7 +44,7 @@ class Row:
 
     @property
     def mean(self) -> float | None:
-        return statistics.fmean(self.values) if self.values else None
+        return statistics.fmean(self.values) if self.values else self.nonfinite
 
     @property
     def std(self) -> float | None:
@@ -112,7 +115,7 @@ def compare_runs(paths: Sequence[str | Path], metric: str | None = None, by: Seq
         shown = {key: settings[members[0]].get(key, MISSING) for key in keys}
         rows += _rows([runs[index] for index in members], metric, shown)
     sign = 1.0 if metric_named(metric).lower_is_better else -1.0
-    rows.sort(key=lambda row: (row.mean is None, sign * (row.mean or 0.0)))
+    rows.sort(key=lambda row: (not row.values, sign * statistics.fmean(row.values or [0.0])))
     shown_keys, together = (keys, {}) if by is not None else _merge_keys(rows, keys)
     problems = [f"{run.path}: {problem}" for run in runs for problem in run.problems]
     return Comparison(metric, shown_keys, rows, together, averaged, problems)
@@ -129,16 +132,22 @@ def _rows(runs: Sequence[RunFolder], metric: str, settings: Mapping[str, Any]) -
                 dict(settings),
                 [str(run.path) for run in scored],
                 [run.config.get("seed") for run in scored],
-                [float(_score(run, metric)) for run in scored],
+                [score for run in scored if (score := _score(run, metric)) is not None],
                 tokens_per_second=statistics.fmean(speeds) if speeds else None,
             )
         )
     for run in runs:
         if not _has_score(run, metric):
-            status = run.state if run.state != "finished" else f"finished without {metric}"
+            # of a run that goes on it would be a former one
+            score = _score(run, metric) if run.state in ("finished", "failed") else None
+            missing = run.state == "finished" and score is None
+            status = f"finished without {metric}" if missing else run.state
             step = run.status.get("step")
             status += f" at step {step}" if is_number(step) else ""
-            rows.append(Row(dict(settings), [str(run.path)], [run.config.get("seed")], status=status))
+            nonfinite = score if score is not None and not math.isfinite(score) else None
+            rows.append(
+                Row(dict(settings), [str(run.path)], [run.config.get("seed")], status=status, nonfinite=nonfinite)
+            )
     return rows
 
 
@@ -155,16 +164,17 @@ def _text(settings: Mapping[str, Any], key: str) -> str:
     return json.dumps(settings[key], sort_keys=True, default=str) if key in settings else MISSING
 
 
-def _score(run: RunFolder, metric: str) -> Any:
-    return flatten(run.result).get(metric)
+def _score(run: RunFolder, metric: str) -> float | None:
+    return number(flatten(run.result).get(metric))
 
 
 def _has_score(run: RunFolder, metric: str) -> bool:
-    return run.state == "finished" and is_number(_score(run, metric))
+    score = _score(run, metric)
+    return run.state == "finished" and score is not None and math.isfinite(score)
 
 
 def _choose_metric(runs: Sequence[RunFolder], metric: str | None) -> str:
-    present = sorted({key for run in runs for key, value in flatten(run.result).items() if is_number(value)})
+    present = sorted({key for run in runs for key, value in flatten(run.result).items() if number(value) is not None})
     if metric is None:
         headline = next(filter(None, (headline_metric(run.result) for run in runs)), None)
         return headline.name if headline else "bpc"  # nothing has finished: every run is listed with its status

@@ -36,13 +36,20 @@ def metric_named(name: str) -> Metric:
 
 
 def headline_metric(result: Mapping[str, Any]) -> Metric | None:
-    """The score a run is known by: the first metric of our list that `result` has."""
-    return next((metric for metric in _KNOWN if is_number(result.get(metric.name))), None)
+    """The score a run is known by: the first metric of our list that `result` has, finite or not."""
+    return next((metric for metric in _KNOWN if number(result.get(metric.name)) is not None), None)
 
 
 def is_number(value: Any) -> bool:
     """Whether `value` is an int or a float (a bool is not)."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def number(value: Any) -> float | None:
+    """A number of a run's JSON files, where infinities and not-a-number are strings; None for anything else."""
+    if is_number(value):
+        return float(value)
+    return float(value) if value in ("nan", "inf", "-inf") else None
 
 
 def format_score(value: float | None, digits: int = 4) -> str:

@@ -5,7 +5,9 @@ from typing import Any
 
 import reports.run
 from reports.summary import closing
+from training.evaluation import write_evaluation
 from training.files import write_text
+from training.numerics import check_score
 
 log = logging.getLogger(__name__)
 
@@ -13,12 +15,14 @@ log = logging.getLogger(__name__)
 def write_result(folder: Any, task: Any, model: Any, result: dict, patterns: list, tracker: Any) -> str:
     """Add baselines and a sample to `result`, write it with the report into the run folder; returns the closing words.
 
-    folder: `training.run_dir.RunDir`; patterns: of each phase, a list with one pattern a layer.
+    folder: `training.run_dir.RunDir`; patterns: of each phase, a list with one pattern a layer. Raises NumericsError
+    for a score that is not finite, when the two files that hold it are written.
     """
     step = result["step"]
     result = {**result, "baselines": task.baselines(result["split"], result["share"])}
-    folder.write_json(f"eval/{result['split']}-step-{step}.json", result)
+    _, kept = write_evaluation(folder, result)
     folder.write_json("result.json", result)
+    check_score(result, task.metric, folder.path)
     sample = _sample(task, model)
     (folder.path / "samples").mkdir(exist_ok=True)
     write_text(folder.path / "samples" / f"step-{step}.txt", sample)
@@ -28,7 +32,8 @@ def write_result(folder: Any, task: Any, model: Any, result: dict, patterns: lis
     report = reports.run.write_report(folder.path, patterns)
     for picture in sorted((folder.path / "plots").glob("*.png")):
         tracker.image(picture.stem, picture, step)
-    return closing(result, task.metric, sample, folder.path, report)
+    said = [f"the evaluation of this step with other settings is kept as {kept}"] if kept else []
+    return "\n".join([*said, closing(result, task.metric, sample, folder.path, report)])
 
 
 def _sample(task: Any, model: Any) -> str:

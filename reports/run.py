@@ -8,6 +8,7 @@ folder. A part whose files are missing is left out with a sentence.
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from reports.metrics import (
     format_seconds,
     headline_metric,
     is_number,
+    number,
 )
 from reports.pattern_figures import (
     attention_pattern_figure,
@@ -113,8 +115,9 @@ def _headline(run: RunFolder) -> str:
         return page.section("Result", page.paragraph(text), _last_line(run))
     items = []
     metric = headline_metric(result)
+    value = number(result[metric.name]) if metric else None
     if metric:
-        items.append((format_score(result[metric.name]), f"{result.get('split', 'test')} {metric.label}", ""))
+        items.append((format_score(value), f"{result.get('split', 'test')} {metric.label}", ""))
     readable: list[tuple[str, str, Callable[[float], str]]] = [
         ("num_parameters", "parameters", format_count),
         ("tokens_per_second", "tokens per second in training", _whole),
@@ -134,8 +137,9 @@ def _headline(run: RunFolder) -> str:
         used = baselines.get("train_bytes_used")
         note = f"The baselines were given {used:,} bytes of the training split." if is_number(used) else ""
         scores = {name: score for name, score in baselines.items() if not name.startswith("train_bytes")}
-        figure = baseline_figure(metric, float(result[metric.name]), scores)
-        parts.append(_plot(run, "baselines", figure, "score of the model beside the baselines", note))
+        if value is not None and math.isfinite(value):
+            figure = baseline_figure(metric, value, scores)
+            parts.append(_plot(run, "baselines", figure, "score of the model beside the baselines", note))
         parts.append(page.table([(baseline_label(name), _shown(score)) for name, score in scores.items()]))
     shown = {key for key, _, _ in readable} | {"baselines", "data", "dataset"}
     rest = {key: value for key, value in result.items() if key not in shown}

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from reports import style
-from reports.metrics import Metric, format_score
-from reports.run_folder import number
+from reports.metrics import Metric, format_score, number
 
 MAX_POINTS = 2000  # more than the picture has pixels
 

@@ -13,7 +13,6 @@ from typing import Any
 from configs.saved import read_yaml
 from configs.schema import ConfigError
 from reports.errors import ReportError
-from reports.metrics import is_number
 from training.run_lock import settled
 
 CONFIG = "config.yaml"
@@ -88,13 +87,6 @@ def _walk(path: Path) -> Iterator[Path]:
     for child in sorted(path.iterdir(), key=lambda child: _natural(child.name)):
         if child.is_dir() and not child.is_symlink():
             yield from _walk(child)
-
-
-def number(value: Any) -> float | None:
-    """A number of a metrics file; infinities and not-a-number are written as strings there."""
-    if is_number(value):
-        return float(value)
-    return float(value) if value in ("nan", "inf", "-inf") else None
 
 
 def _text(run: RunFolder, name: str) -> str:

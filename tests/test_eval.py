@@ -94,6 +94,23 @@ def test_every_protocol_gives_the_same_number_for_a_model_that_sees_no_further(r
     assert ("window_cut_to" in evaluated(run)) == (protocol == "windowed")
 
 
+def test_a_look_with_other_settings_leaves_the_full_score_there(copy, tmp_path):
+    """The newest result has the plain name, one of other settings a name that says them."""
+    shutil.rmtree(copy / "eval")
+    quick = ("share=0.01", "protocol=uncut")
+    assert "kept" not in run_eval(f"run_dir={copy}", cwd=tmp_path).out
+    full = evaluated(copy)
+    assert "kept" not in run_eval(f"run_dir={copy}", cwd=tmp_path).out  # the same settings once more
+    ended = run_eval(f"run_dir={copy}", *quick, cwd=tmp_path)
+    name = "test-step-6,share=0.2,protocol=streaming,context=256,stride=64,precision=fp32,device=cpu"
+    said = f"{copy}/eval/test-step-6.json; what was there has other settings and is kept as {name}.json\n"
+    assert ended.code == 0 and ended.out.endswith(said)
+    assert evaluated(copy, name) == full and evaluated(copy)["share"] == 0.01
+    again = run_eval(f"run_dir={copy}", cwd=tmp_path)
+    assert "kept as test-step-6,share=0.01,protocol=uncut," in again.out and evaluated(copy) == full
+    assert len(list((copy / "eval").iterdir())) == 3
+
+
 def test_a_checkpoint_of_ones_choice(run, tmp_path):
     for step in (4, 6):
         ended = run_eval(f"checkpoint={run}/checkpoints/step-{step}", cwd=tmp_path)

@@ -78,7 +78,7 @@ def test_the_step_is_finished_and_saved(straight, strike, tmp_path, which, step)
     strike("loss", step, which)
     ended = run_train(*arguments, f"run_dir={run_dir}", cwd=tmp_path)
     assert ended.code == (130 if which == signal.SIGINT else 143)
-    assert ended.err == f"error: stopped by {which.name}; the same command with this run_dir goes on\n"
+    assert ended.err == f"error: stopped by {which.name}; the same command with run_dir={run_dir} goes on\n"
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["status"], status["reason"], status["step"]) == ("preempted", which.name, step)
     assert (run_dir / "checkpoints" / f"step-{step}" / "manifest.json").exists()

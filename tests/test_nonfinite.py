@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import predict
 import tasks.char_lm
-from tests.command import metrics_of, phases, run_train, small_run
+from tests.command import _run, metrics_of, phases, run_eval, run_train, small_run
 
 STEPS = 10
 SCHEDULE = phases(
@@ -138,6 +139,26 @@ def test_rewind_goes_back_and_reads_on_in_another_order(straight, tmp_path, monk
     for file in weights:
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "twin" / file).read_bytes()
         assert (tmp_path / "run" / file).read_bytes() != (whole / file).read_bytes()
+
+
+def test_a_final_score_that_is_not_finite_fails_the_run_and_all_that_use_it(tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = (*small_run(tmp_path), "schedule.phases.0.lr=1e30", "train.nonfinite=skip", f"run_dir={run_dir}")
+    for _ in range(2):  # the same command tries the test again
+        ended = run_train(*arguments, cwd=tmp_path)
+        assert ended.code == 5 and "error: test bpc is nan at step 3: these weights give no finite score" in ended.err
+        assert f"kept in {run_dir / 'checkpoints'}" in ended.err and ended.err.count("\n") == 1
+        assert (status_of(run_dir)["status"], status_of(run_dir)["step"]) == ("failed", 3)
+    assert (run_dir / "checkpoints" / "step-3" / "manifest.json").exists()
+    assert json.loads((run_dir / "result.json").read_text())["bpc"] == "nan"
+    scored = run_eval(f"run_dir={run_dir}", cwd=tmp_path)
+    assert scored.code == 5 and "test bpc nan at step 3" in scored.out
+    assert scored.err.startswith("error: test bpc is nan at step 3: ") and scored.err.count("\n") == 1
+    for temperature in (0.8, 0):
+        arguments = (f"run_dir={run_dir}", "prompt=the", f"temperature={temperature}", "length=3")
+        asked = _run("predict", predict.main, arguments, tmp_path)
+        assert asked.code == 5 and asked.out == "the\n" and asked.err.count("\n") == 1
+        assert asked.err.startswith(f"error: {run_dir}/checkpoints/step-3 cannot continue this text: what the model ")
 
 
 @pytest.mark.parametrize("policy", ["skip", "rewind"])

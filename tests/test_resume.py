@@ -79,6 +79,50 @@ def test_finished_run_says_so_and_is_left_alone(straight, tmp_path):
 
 
 @pytest.mark.fault(16)
+def test_finished_run_goes_on_to_the_end_of_a_longer_schedule(straight, tmp_path):
+    target = tmp_path / "run"
+    shutil.copytree(straight[1], target, symlinks=True)
+    arguments = (*straight[0], f"run_dir={target}", "schedule.phases.2.steps=12")
+    assert run_train(*arguments, cwd=tmp_path).code == 2
+    allowed = (*arguments, "resume.allow_changes=[schedule.phases.2.steps]")
+    ended = run_train(*allowed, cwd=tmp_path)
+    assert ended.code == 0 and "going on after step 40" in ended.out and "finished already" not in ended.out
+    result = json.loads((target / "result.json").read_text())
+    assert result["step"] == 43 and result["bpc"] != json.loads((straight[1] / "result.json").read_text())["bpc"]
+    assert json.loads((target / "status.json").read_text())["status"] == "finished"
+    steps = [line["step"] for line in metrics_of(target) if "phase" in line and "valid/bpc" not in line]
+    assert steps[-1] == 43 and steps == sorted(set(steps))
+    for again in (allowed, arguments):
+        assert run_train(*again, cwd=tmp_path).out.startswith("finished already")
+
+
+def test_final_test_keeps_an_evaluation_of_other_settings(straight, tmp_path):
+    target = tmp_path / "run"
+    arguments = cut(straight, target, STEPS)
+    file = target / "eval" / f"test-step-{STEPS}.json"
+    former = json.loads(file.read_text()) | {"share": 0.5}
+    file.write_text(json.dumps(former))
+    ended = run_train(*arguments, f"run_dir={target}", cwd=tmp_path)
+    (kept,) = file.parent.glob("*,share=0.5,*.json")
+    assert ended.code == 0 and f"with other settings is kept as {kept}\n" in ended.out
+    assert json.loads(kept.read_text()) == former and json.loads(file.read_text())["share"] != 0.5
+
+
+@pytest.mark.fault(16)
+def test_checkpoints_without_their_configuration_are_not_gone_on_with(straight, tmp_path):
+    target = tmp_path / "run"
+    arguments = cut(straight, target, 4)
+    (target / "config.yaml").unlink()
+    before = sorted(target.rglob("*"))
+    ended = run_train(*arguments, f"run_dir={target}", "seed=7", cwd=tmp_path)
+    assert ended.code == 2 and ended.err.startswith(
+        f"error: run_dir={target} holds checkpoints of a run but no config.yaml, which says what they were trained "
+    )
+    assert "restore it from a copy, or use another run_dir" in ended.err and ended.err.count("\n") == 1
+    assert sorted(target.rglob("*")) == before
+
+
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("finished", [False, True])
 def test_other_configuration_is_refused_with_the_difference(straight, tmp_path, finished):
     target = tmp_path / "run"
@@ -157,6 +201,11 @@ def test_run_folder_without_a_checkpoint_starts_over(straight, tmp_path):
     ended = run_train(*arguments, f"run_dir={target}", cwd=tmp_path)
     assert ended.code == 0 and "going on" not in ended.out
     assert metrics_of(target) == metrics_of(straight[1])
+    shutil.rmtree(target / "checkpoints")
+    (target / "checkpoints").mkdir()
+    for name in ("config.yaml", "status.json"):
+        (target / name).unlink()
+    assert run_train(*arguments, f"run_dir={target}", cwd=tmp_path).code == 0
 
 
 @pytest.mark.fault(6)

@@ -1,6 +1,7 @@
-"""What is kept of a batch whose loss or gradient is not finite, and when a run has had enough of them."""
+"""Numbers that are not finite: what is kept of such a batch, when a run has had enough of them, scores."""
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,5 +50,17 @@ def stopped(facts: Mapping[str, Any], folder: Path) -> NumericsError:
         f"loss {facts['loss']}, gradient norm {facts['grad_norm']} at step {facts['step'] + 1} (lr {facts['lr']:g}): "
         f"stopped before the update. The weights before it are in checkpoints/step-{facts['step']}, the batch is in "
         f"{folder}. Go on with a lower learning rate (schedule.phases.N.lr=… 'resume.allow_changes=[schedule]'), or "
-        "with train.nonfinite=skip or rewind."
+        "with train.nonfinite=skip or rewind; where it stops again at once the update before has spoilt the weights: "
+        f"remove the newest of the folders {folder.parent.parent / 'checkpoints'}/step-N to go further back."
     )
+
+
+def check_score(result: Mapping[str, Any], metric: str, run_dir: Path) -> None:
+    """NumericsError where the `metric` of an evaluation, which names its `split` and `step`, is not finite."""
+    if not math.isfinite(result[metric]):
+        raise NumericsError(
+            f"{result['split']} {metric} is {result[metric]} at step {result['step']:,}: these weights give no finite "
+            f"score. All checkpoints are kept in {run_dir / 'checkpoints'}. Score an earlier one (python eval.py "
+            "checkpoint=PATH), or remove those that came after it and train on with a lower learning rate "
+            "(schedule.phases.N.lr=… 'resume.allow_changes=[schedule]')."
+        )

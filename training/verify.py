@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from training.checkpoint import FOLDER, numbered_checkpoints, verify_files
+from training.checkpoint import (
+    DCP_METADATA,
+    FOLDER,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    RNG,
+    STATE,
+    numbered_checkpoints,
+    verify_files,
+)
 from training.errors import CheckpointError
 from training.tensor_file import nonfinite, read_all
 
@@ -53,15 +63,27 @@ def inspect_checkpoint(path: Path) -> Finding:
 def checkpoints_at(path: Path) -> list[Path]:
     """The checkpoints of a run folder (or of its folder checkpoints/), newest first; else `path` itself.
 
-    Raises CheckpointError for a run folder without any.
+    Raises CheckpointError for a run folder without any, and for what is neither that nor a checkpoint.
     """
     run_dir = path.absolute().parent if path.name == FOLDER else path
     if not (run_dir / FOLDER).is_dir():
+        _check_kind(path)
         return [path]
     found = [checkpoint for _, checkpoint in numbered_checkpoints(run_dir)]
     if not found:
         raise CheckpointError(f"no checkpoints in {run_dir / FOLDER}; expected folders such as step-1000")
     return found
+
+
+def _check_kind(path: Path) -> None:
+    """CheckpointError where there is nothing at `path`, or a folder that is no checkpoint, not even a damaged one."""
+    expected = "expected a checkpoint such as DIR/checkpoints/step-1000, or the folder DIR of a run that has some"
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint or run folder {path}: {expected}")
+    names = (MODEL, OPTIMIZER, RNG, STATE, MANIFEST, DCP_METADATA)
+    named = path.absolute().name.startswith("step-")
+    if path.is_dir() and not named and not any((path / name).exists() for name in names):
+        raise CheckpointError(f"{path} is neither a checkpoint nor the folder of a run with checkpoints: {expected}")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -54,6 +54,13 @@ def test_a_part_left_by_another_process_is_continued(server, tmp_path):
 
 
 @pytest.mark.fault(21)
+def test_no_part_is_told_of_where_nothing_came(server, tmp_path):
+    server.content, server.cut_after = CONTENT, [0, 0, 0]
+    with pytest.raises(DataError, match=r"closed the connection early\); without a network give a local file"):
+        download(server.url, tmp_path / "corpus.zip", progress=False)
+
+
+@pytest.mark.fault(21)
 def test_server_without_ranges_restarts(server, tmp_path):
     server.content, server.ranges, server.cut_after = CONTENT, False, [300_000]
     assert download(server.url, tmp_path / "corpus.zip", progress=False).read_bytes() == CONTENT
@@ -129,7 +136,7 @@ def test_no_server_is_a_data_error(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound but not listening: refused
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/corpus.zip"
-        with pytest.raises(DataError, match=r"cannot download .*refused.*data\.path=") as caught:
+        with pytest.raises(DataError, match=r"cannot download .*refused\); without a network .*data\.path=") as caught:
             download(url, tmp_path / "corpus.zip", progress=False)
     assert caught.value.exit_code == 3
 

@@ -29,6 +29,17 @@ def by_whole_passes(model, prompt, length, seed=0, temperature=0.0, top_k=None, 
     return ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 0.7}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_output_that_is_not_finite_is_an_error(how, value):
+    model = tiny_model(window=4).eval()
+    with torch.no_grad():
+        model.embed.weight[3] = value
+    assert len(hf.generate(model, torch.tensor([1]), length=1, num_symbols=3, **how)) == 1  # what is not taken may be
+    with pytest.raises(FloatingPointError, match="not finite"):
+        hf.generate(model, torch.tensor([1]), length=1, **how)
+
+
 @POSITIONS
 @pytest.mark.parametrize(
     "how",

@@ -49,6 +49,27 @@ def test_a_result_of_a_run_that_goes_on_is_not_averaged(tmp_path, write_run):
     assert unfinished.status == "running at step 30"
 
 
+def test_a_score_that_is_not_finite_is_shown_and_changes_nothing_else(tmp_path, write_run, capsys):
+    """A finished run and a failed one, in a group with a sound run; the first found has no finite score."""
+    for seed, (bpc, status) in enumerate([("nan", "finished"), (2.0, "finished"), ("inf", "failed"), (3.0, "failed")]):
+        write_run(tmp_path / f"run-{seed}", seed=seed, bpc=bpc, status=status)
+    write_run(tmp_path / "run-4", seed=4, bpc="nan", status="preempted")  # the score is a former one
+    comparison = compare_runs([tmp_path])
+    assert comparison.metric == "bpc" and comparison.rows[0].values == [2.0]
+    lines = [line.split(" | ") for line in markdown(comparison).splitlines()[2:7]]
+    assert [(line[0].removeprefix("| "), line[-1].removesuffix(" |")) for line in lines] == [
+        ("2.0000", "finished"),
+        ("nan", "finished at step 30"),
+        ("inf", "failed at step 30"),
+        ("-", "failed at step 30"),
+        ("-", "preempted at step 30"),
+    ]
+    main([str(tmp_path), "--json", "--output", str(tmp_path / "t.md")])
+    data = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert [row["mean"] for row in data["rows"]] == [2.0, "nan", "inf", None, None]
+    assert compare_runs([tmp_path / "run-0"]).metric == compare_runs([tmp_path / "run-0"], "bpc").metric == "bpc"
+
+
 @pytest.mark.fault(17)
 def test_states_of_unfinished_runs_are_listed(tmp_path, write_run, capsys):
     """One stopped by a signal, one whose process is gone, one that failed before it said a step, one with no status."""

@@ -52,6 +52,15 @@ def assert_self_contained(text):
     assert "default-src 'none'" in text
 
 
+@pytest.mark.parametrize("bpc", ["nan", "inf"])
+def test_a_score_that_is_not_finite_is_shown_without_a_picture(tmp_path, write_run, bpc):
+    folder = write_run(tmp_path / "run", bpc=bpc)
+    text = report(folder)
+    assert "test bits per character" in text and "tokens per second in training" in text
+    assert re.search(rf">{bpc}<[^<]*<[^>]*>test bits per character", text)
+    assert not (folder / "plots" / "baselines.png").exists()
+
+
 def test_report_has_every_part_and_stands_alone(tmp_path, write_run):
     folder = write_run(tmp_path / "run")
     text = report(folder)

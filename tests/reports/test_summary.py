@@ -61,5 +61,10 @@ def test_a_finished_run_says_its_score_and_what_to_do_with_it(tmp_path):
     assert [words[1] for words in commands(text)] == ["predict.py", "eval.py"]
 
 
+def test_a_finished_run_whose_score_is_not_finite_says_so(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({**RESULT, "bpc": "nan"}))
+    assert finished(tmp_path).startswith(f"finished already: {tmp_path} (test bpc nan; ")
+
+
 def test_a_finished_run_without_a_readable_result_says_so_without_a_score(tmp_path):
     assert finished(tmp_path).startswith(f"finished already: {tmp_path}")

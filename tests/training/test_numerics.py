@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from training.errors import NumericsError
-from training.numerics import check_limit, keep_batch, stopped
+from training.numerics import check_limit, check_score, keep_batch, stopped
 
 FACTS = {"step": 7, "phase": 1, "lr": 0.5, "loss": float("nan"), "grad_norm": float("inf")}
 
@@ -43,6 +43,16 @@ def test_a_stop_names_the_step_the_weights_and_the_batch(tmp_path):
     assert isinstance(error, NumericsError)
     for part in ("loss nan", "gradient norm inf", "step 8", "checkpoints/step-7", "nonfinite/step-7", "allow_changes"):
         assert part in str(error)
+    assert f"stops again at once the update before has spoilt the weights: remove the newest of the folders {tmp_path}/"
+    assert f"remove the newest of the folders {tmp_path}/checkpoints/step-N to go further back" in str(error)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_an_error(tmp_path, value):
+    result = {"split": "test", "step": 1200, "bpc": 2.5, "f1": value}
+    check_score(result, "bpc", tmp_path)
+    with pytest.raises(NumericsError, match=f"^test f1 is {value} at step 1,200: .*{tmp_path / 'checkpoints'}"):
+        check_score(result, "f1", tmp_path)
 
 
 def test_a_batch_that_cannot_be_kept_costs_a_warning(tmp_path, caplog):

@@ -62,8 +62,28 @@ def test_nothing_to_check_is_an_error(tmp_path, capsys):
         capsys.readouterr().err
         == f"error: no checkpoints in {tmp_path}/checkpoints; expected folders such as step-1000\n"
     )
-    assert verify.main([str(tmp_path / "absent")]) == 4
-    assert "no checkpoint at" in capsys.readouterr().out
+
+
+def test_what_is_no_checkpoint_is_not_called_damaged(tmp_path, capsys):
+    (tmp_path / "default" / "2026-01-01_000000_abcdef").mkdir(parents=True)
+    for name, said in {
+        "absent": "there is no checkpoint or run folder {}: expected a checkpoint such as ",
+        "default": "{} is neither a checkpoint nor the folder of a run with checkpoints: expected ",
+    }.items():
+        assert verify.main([str(tmp_path / name)]) == 4
+        told = capsys.readouterr()
+        assert told.err.startswith(f"error: {said.format(tmp_path / name)}") and told.out == ""
+
+
+@pytest.mark.parametrize("left", [["state.json"], []])
+def test_a_checkpoint_that_lost_its_files_is_damaged(tmp_path, capsys, left):
+    """Told by what it still holds, or by its name alone."""
+    folder = tmp_path / ("copy" if left else "step-3")
+    folder.mkdir()
+    for name in left:
+        (folder / name).write_text("{}")
+    assert verify.main([str(folder)]) == 4
+    assert capsys.readouterr().out.startswith(f"DAMAGED  {folder}: {folder} is not a complete checkpoint: it has no ")
 
 
 @pytest.mark.fault(8)
