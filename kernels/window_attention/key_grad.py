@@ -103,15 +103,15 @@ def window_attention_key_grad_kernel(
     out_grad_step = dilation.to(tl.int64) * out_grad_stride_t
     row_offsets = tl.arange(0, BLOCK_M)
     last_key = tl.minimum(first + BLOCK_N, num_keys) - 1
+    query_tile = query_ptr + batch * query_stride_b + (part * HEADS).to(tl.int64) * query_stride_h
+    query_tile += residue.to(tl.int64) * query_stride_t
+    query_tile += tile_offsets(row_offsets, query_step, dims, query_stride_d)
+    out_grad_tile = out_grad_ptr + batch * out_grad_stride_b + (part * HEADS).to(tl.int64) * out_grad_stride_h
+    out_grad_tile += residue.to(tl.int64) * out_grad_stride_t
+    out_grad_tile += tile_offsets(row_offsets, out_grad_step, dims, out_grad_stride_d)
     for index_in_part in range(0, HEADS):
         head = part * HEADS + index_in_part
         left, right, _ = head_pattern(window_ptr, dilation_ptr, head, T, S, query_start, CAUSAL)
-        query_tile = query_ptr + batch * query_stride_b + head.to(tl.int64) * query_stride_h
-        query_tile += residue.to(tl.int64) * query_stride_t
-        query_tile += tile_offsets(row_offsets, query_step, dims, query_stride_d)
-        out_grad_tile = out_grad_ptr + batch * out_grad_stride_b + head.to(tl.int64) * out_grad_stride_h
-        out_grad_tile += residue.to(tl.int64) * out_grad_stride_t
-        out_grad_tile += tile_offsets(row_offsets, out_grad_step, dims, out_grad_stride_d)
         statistics = (batch * H + head) * T + residue
         first_row, num_row_tiles, begin, end = row_tiles(first, last_key, shift, left, right, num_rows, BLOCK_M)
         if SPLIT:
@@ -133,6 +133,8 @@ def window_attention_key_grad_kernel(
                 shift, num_rows, left, right, dim_mask, exponent_scale,
                 True, MASK_DIMS, PRECISION, BLOCK_M,
             )  # fmt: skip
+        query_tile += query_stride_h
+        out_grad_tile += out_grad_stride_h
 
     if HAS_VALID:
         # a key's gradients hold its own probabilities alone: those of a key that nobody sees are cleared at the end

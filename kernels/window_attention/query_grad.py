@@ -144,7 +144,7 @@ def window_attention_query_grad_kernel(
         for start in range(0, count, BLOCK_G):
             slots = start + tl.arange(0, BLOCK_G)
             real = slots < count
-            columns = tl.load(global_ptr + batch * G + slots, mask=real, other=0)
+            columns = tl.load(global_ptr + batch * G + slots, mask=real, other=0).to(tl.int32)
             key_place = key_base + tile_offsets(columns, key_stride_t, dims, key_stride_d)
             value_place = value_base + tile_offsets(columns, value_stride_t, dims, value_stride_d)
             key = load_tile(key_place, real, dim_mask, True, MASK_DIMS)  # [BLOCK_G, BLOCK_D]
@@ -190,7 +190,8 @@ def window_attention_query_grad(
             *out_grad.stride(), *query.stride(), *key.stride(), *value.stride(), *mask_strides,
             T=seq_len, S=key.shape[1], query_start=query_start, num_row_tiles=num_row_tiles, scale=scale,
             H=num_heads, GROUP=launch.group, G=num_global,
-            CAUSAL=pattern.causal, HAS_VALID=valid is not None, BLOCK_G=global_block(num_global),
+            CAUSAL=pattern.causal, HAS_VALID=valid is not None,
+            BLOCK_G=min(tiles["BLOCK_N"], global_block(num_global)),
             **launch.types(), **tiles,
         )  # fmt: skip
     return query_grad, delta
