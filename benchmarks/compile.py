@@ -78,7 +78,9 @@ def measure(case: Case) -> Row:
     try:
         (compiled,) = assembly.compile_launches(case.launch, case.arch, wanted=KERNELS[case.kernel])
     except Exception as error:  # whatever the compiler raises is this row's defect, and the others are still of use
-        row.defect = f"does not compile: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        lines = str(error).strip().splitlines() or ["no message"]
+        # Triton's begin with a place in the kernel, then show it, and end with what is wrong there
+        row.defect = f"does not compile: {type(error).__name__}: {' ... '.join(dict.fromkeys([lines[0], lines[-1]]))}"
         return row
     row.seconds = time.perf_counter() - start
     arguments, resources = compiled.arguments, compiled.resources
@@ -249,7 +251,10 @@ def _version(arch):
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile, write the CSV, print the table; 0, or 1 where a row has a defect."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.update and (options.quick or options.only):
+        parser.error("--update needs every row: it goes without --quick and --only")
     cases = subset() if options.quick else shipped_cases()
     cases = [case for case in cases if fnmatch(case.name, f"*{options.only}*")]
     if not cases:

@@ -238,6 +238,12 @@ def test_a_pattern_without_a_row_is_an_error(capsys):
     assert "no row is called *no such kernel*" in capsys.readouterr().err
 
 
+def test_the_table_is_updated_from_every_row_alone(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["--update", "--quick"])
+    assert stopped.value.code == 2 and "--update needs every row" in capsys.readouterr().err
+
+
 def test_names_tell_what_a_launch_has():
     case = Case("forward", "sm_90", "bfloat16", 64, 640, causal=True, has_valid=True, num_globals=1)
     assert case.name == "forward sm_90 bfloat16 D64 seen 640 causal+valid+globals 1"
