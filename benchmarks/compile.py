@@ -25,7 +25,7 @@ from benchmarks import assembly
 from benchmarks.assembly import SHARED_LIMIT, ctas_per_multiprocessor
 from benchmarks.compile_cases import HELPER_KERNELS, KERNELS, WINDOW_KERNELS, Case, shipped_cases, subset
 from benchmarks.timing import environment, write_csv
-from kernels.window_attention import tile_table
+from kernels import tile_table
 
 OUTPUT = Path("benchmarks/results/compile.csv")
 ALLOWED_SPILLS = Path(__file__).with_name("allowed_spills.json")
@@ -146,7 +146,7 @@ def _judge_products(row):
 
 def left_rows(row: Row) -> int:
     """Rows of the left operand of a kernel's products: keys where their gradients are computed, else queries."""
-    is_by_keys = row.kernel in ("key_grad", "global_columns", "global_rows_key_grad")
+    is_by_keys = row.kernel in ("window_key_grad", "global_columns", "global_rows_key_grad")
     return (row.block_n if is_by_keys else row.block_m) or 0
 
 

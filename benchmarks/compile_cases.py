@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from kernels.window_attention import global_columns, global_rows, global_rows_grad, tile_table
+from kernels import tile_table
+from kernels.window_attention import global_columns, global_rows, global_rows_grad
 from kernels.window_attention.forward import window_attention_fwd
 from kernels.window_attention.key_grad import window_attention_key_grad
 from kernels.window_attention.launch import GlobalKeys
@@ -14,9 +15,9 @@ from kernels.window_attention.pattern import WindowPattern
 from kernels.window_attention.query_grad import window_attention_query_grad
 
 WINDOW_KERNELS = {
-    "forward": "window_attention_fwd_kernel",
-    "query_grad": "window_attention_query_grad_kernel",
-    "key_grad": "window_attention_key_grad_kernel",
+    "window_forward": "window_attention_fwd_kernel",
+    "window_query_grad": "window_attention_query_grad_kernel",
+    "window_key_grad": "window_attention_key_grad_kernel",
 }
 GLOBAL_KERNELS = {
     "global_columns": "global_columns_grad_kernel",
@@ -92,9 +93,11 @@ def _launcher(case: Case) -> Callable[[], object]:
     qkv = (query, key, value)
     grads = (out_grad, *qkv, lse2, delta)
     calls = {
-        "forward": partial(window_attention_fwd, *qkv, valid, keys, pattern, scale, 0),
-        "query_grad": partial(window_attention_query_grad, out_grad, *qkv, out, lse2, valid, keys, pattern, scale, 0),
-        "key_grad": partial(window_attention_key_grad, *grads, valid, pattern, scale, 0),
+        "window_forward": partial(window_attention_fwd, *qkv, valid, keys, pattern, scale, 0),
+        "window_query_grad": partial(
+            window_attention_query_grad, out_grad, *qkv, out, lse2, valid, keys, pattern, scale, 0
+        ),
+        "window_key_grad": partial(window_attention_key_grad, *grads, valid, pattern, scale, 0),
         "global_table": partial(global_columns.global_table, index, valid, SEQ_LEN),
         "global_columns": partial(
             global_columns.global_columns_grad, key_grad, value_grad, *grads, keys, pattern, scale, 0
@@ -112,9 +115,9 @@ def _launcher(case: Case) -> Callable[[], object]:
 
 def all_features(case: Case) -> Case:
     """The case with everything its kernel can have at once, which takes most registers and shared memory."""
-    if case.kernel in ("forward", "query_grad"):
+    if case.kernel in ("window_forward", "window_query_grad"):
         return replace(case, has_valid=True, num_globals=64)
-    if case.kernel == "key_grad":
+    if case.kernel == "window_key_grad":
         return replace(case, has_valid=True, group=4)
     causal = case.kernel != "global_table"
     return replace(case, causal=causal, has_valid=case.kernel != "global_columns", num_globals=64, group=4)
@@ -153,9 +156,9 @@ def _variants() -> Iterator[Case]:
             yield Case(kernel, "sm_80", "bfloat16", head_dim)
             yield all_features(Case(kernel, "sm_100", "bfloat16", head_dim))
         yield all_features(Case(kernel, "sm_90", "bfloat16", 80))
-    for kernel, head_dim in (("forward", 64), ("query_grad", 64), ("query_grad", 128)):
+    for kernel, head_dim in (("window_forward", 64), ("window_query_grad", 64), ("window_query_grad", 128)):
         yield Case(kernel, "sm_90", "bfloat16", head_dim, causal=True, has_valid=True, num_globals=1)
-    yield all_features(Case("forward", "sm_90", "float16", 64))
+    yield all_features(Case("window_forward", "sm_90", "float16", 64))
     for kernel in HELPER_KERNELS:
         yield all_features(Case(kernel, "sm_90", "bfloat16", 64))
 
@@ -170,5 +173,5 @@ def subset() -> list[Case]:
     ]
     others = [Case(kernel, "sm_90", "bfloat16", 64) for kernel in GLOBAL_KERNELS]
     exact = [Case(kernel, "sm_90", "float32", 64) for kernel in WINDOW_KERNELS]
-    padded = [Case("forward", "sm_90", "float16", 80)]
+    padded = [Case("window_forward", "sm_90", "float16", 80)]
     return [all_features(case) for case in (*window, *others, *exact, *padded)]

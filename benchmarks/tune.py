@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kernels.window_attention import global_rows_attention, tile_table, window_attention
+from kernels import tile_table
+from kernels.window_attention import global_rows_attention, window_attention
 
 SEQ_LEN, NUM_HEADS, NUM_GLOBAL = 16384, 12, 64
 NARROW, WIDE = 256, 1024  # keys on each side
@@ -26,7 +27,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROWS = (16, 32, 64, 128)
 WARPS = (4, 8)
 STAGES = (1, 2, 3, 4)
-WINDOWED = {"forward": False, "query_grad": True, "key_grad": True}  # kernel -> whether it needs the backward pass
+WINDOWED = {
+    "window_forward": False,
+    "window_query_grad": True,
+    "window_key_grad": True,
+}  # kernel -> whether it needs the backward pass
 GLOBAL = {"global_columns": True}
 FULL_ROWS = {"global_rows_forward": False, "global_rows_key_grad": True, "global_rows_query_grad": True}
 

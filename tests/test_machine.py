@@ -70,7 +70,7 @@ def test_kernels_train_to_the_losses_of_the_blocked_path(tmp_path, precision, to
     ],
 )
 def test_kernels_that_cannot_run_are_refused_before_there_is_a_run(tmp_path, monkeypatch, extra, reason):
-    monkeypatch.setattr("kernels.window_attention.ops.INTERPRETED", False)
+    monkeypatch.setattr("kernels.dispatch.INTERPRETED", False)
     arguments = (*small_run(tmp_path), "model.attention.impl=triton", *extra)
     ended = run_train(*arguments, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
     assert ended.code == 2 and ended.err.startswith(f"error: model.attention.impl='triton': {reason}"), ended.err

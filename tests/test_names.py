@@ -22,8 +22,9 @@ ARROWS = {
     "configs": set(),  # what a config names is imported when it is built
 }
 TRANSFORMERS_PLACES = {"models/hf.py", "benchmarks/peers.py"}
-# what `kernels.window_attention.ops` imports, and what looks at it
+# what asks whether Triton is there, what the `ops` modules import, and what looks at them
 TRITON_PLACES = (
+    "kernels/launch.py",
     "kernels/tiles.py",
     "kernels/window_attention/",
     "benchmarks/assembly.py",

@@ -1,23 +1,25 @@
 """The public door of window attention: checks the arguments, picks the path, says once which one ran."""
 
-import logging
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 
+from kernels import dispatch
+from kernels.checks import check_shapes, refuse_unbuilt, under_autocast
 from kernels.window_attention import blocked, reference
-from kernels.window_attention.checks import (
-    check_global_index,
-    check_positions,
-    check_shapes,
-    refuse_unbuilt,
-    under_autocast,
-)
+from kernels.window_attention.checks import check_global_index, check_positions
 from kernels.window_attention.pattern import WindowPattern
 
-log = logging.getLogger(__name__)
-IMPLEMENTATIONS = ("auto", "triton", "blocked", "reference")
+KERNELS = (
+    "window_forward",
+    "window_query_grad",
+    "window_key_grad",
+    "global_columns",
+    "global_rows_forward",
+    "global_rows_key_grad",
+    "global_rows_query_grad",
+)
+LACKING = ("position_query", "position_key")  # arguments that the kernels do not have
 
 
 def window_attention(
@@ -92,8 +94,8 @@ def window_attention(
     check_positions(position_query, position_key, query, pattern)
     if global_index is not None:
         check_global_index(global_index, query)
-    needs = () if position_query is None else ("position_query", "position_key")
-    impl = _path("window_attention", impl, query, needs)
+    needs = () if position_query is None else LACKING
+    impl = dispatch.choose_path("window_attention", impl, query, why_not_triton, needs)
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query)
     options = {
@@ -157,7 +159,7 @@ def global_rows_attention(
     query_global, key, value = under_autocast(query_global, key, value)
     check_shapes(query_global, key, value, valid, name="query_global")
     check_global_index(global_index, query_global, num_rows=query_global.shape[1])
-    impl = _path("global_rows_attention", impl, query_global)
+    impl = dispatch.choose_path("global_rows_attention", impl, query_global, why_not_triton)
     if query_global.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query_global)
     options = {
@@ -181,38 +183,7 @@ def why_not_triton(
 
     needs: arguments of the call beyond query, key, value and the pattern. Triton is first imported here.
     """
-    try:
-        from kernels.window_attention import ops
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != "triton":
-            raise
-        return "the package triton is not installed"
-    return ops.why_not(device, dtype, head_dim=head_dim, needs=needs)
-
-
-def _path(function, impl, query, needs=()):
-    """The path that `impl` stands for here, with `needs` the arguments given that not all paths have."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}, it must be one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "triton" and needs:
-        raise NotImplementedError(
-            f"{function}: impl='triton' has no {' and '.join(needs)} yet, use impl='auto' or 'blocked'"
-        )
-    if impl == "triton":
-        reason = why_not_triton(query.device, head_dim=query.shape[-1], dtype=query.dtype)
-        if reason is not None:
-            raise ValueError(f"{function}: impl='triton': {reason}")
-    if impl != "auto":
-        return impl
-    reason = "the fastest one outside of GPUs"
-    if query.is_cuda:
-        reason = why_not_triton(query.device, head_dim=query.shape[-1], dtype=query.dtype, needs=needs)
-    impl = "triton" if reason is None else "blocked"
-    if not torch.compiler.is_compiling():
-        _say_once(function, impl, reason or "the fastest one on this device, with every feature asked for")
-    return impl
-
-
-@cache
-def _say_once(function, impl, reason):
-    log.info("%s runs on the %s path: %s", function, impl, reason)
+    lacking = [name for name in needs if name in LACKING]
+    if lacking:
+        return f"the kernels have no {' and '.join(lacking)}"
+    return dispatch.why_not_triton(device, head_dim=head_dim, dtype=dtype, kernels=KERNELS)

@@ -8,16 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import Launch, valid_arguments
 from kernels.tiles import load_tile, matmul, softmax_end, softmax_step, tile_offsets
-from kernels.window_attention.launch import (
-    GlobalKeys,
-    Launch,
-    global_arguments,
-    global_block,
-    head_tables,
-    num_seen,
-    valid_arguments,
-)
+from kernels.window_attention.launch import GlobalKeys, global_arguments, global_block, head_tables, num_seen
 from kernels.window_attention.pattern import WindowPattern
 from kernels.window_attention.ranges import (
     class_length,
@@ -178,7 +171,7 @@ def window_attention_fwd(
     batch, seq_len, num_heads, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse2 = torch.empty(batch, num_heads, seq_len, dtype=launch.accumulator, device=query.device)
-    tiles = launch.tiles("forward", num_seen(pattern))
+    tiles = launch.tiles("window_forward", num_seen(pattern))
     longest = max(query_start + seq_len, key.shape[1])
     num_row_tiles = grid_tiles(pattern.dilation, seq_len, longest, tiles["BLOCK_M"])
     mask, *mask_strides = valid_arguments(valid)

@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import Launch, num_splits, valid_arguments
 from kernels.tiles import key_grad_step, load_lse2, load_tile, tile_offsets
-from kernels.window_attention.launch import GlobalKeys, Launch, global_block, num_splits, valid_arguments
+from kernels.window_attention.launch import GlobalKeys, global_block
 from kernels.window_attention.pattern import WindowPattern
 
 

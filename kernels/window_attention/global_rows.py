@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import Launch, num_splits, valid_arguments
 from kernels.tiles import load_tile, matmul, softmax_step, tile_offsets
-from kernels.window_attention.launch import Launch, global_block, num_splits, valid_arguments
+from kernels.window_attention.launch import global_block
 
 
 @triton.jit

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import Launch, num_splits, valid_arguments
 from kernels.tiles import key_grad_step, load_lse2, load_tile, query_grad_step, tile_offsets
 from kernels.window_attention.global_rows import load_places, row_tile_options, used_slots
-from kernels.window_attention.launch import Launch, num_splits, valid_arguments
 
 
 @triton.jit(do_not_specialize=["S", "valid_stride_b", "valid_stride_t"])

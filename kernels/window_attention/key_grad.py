@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import Launch, valid_arguments
 from kernels.tiles import key_grad_step, load_lse2, load_tile, tile_offsets
-from kernels.window_attention.launch import Launch, head_tables, num_seen, valid_arguments
+from kernels.window_attention.launch import head_tables, num_seen
 from kernels.window_attention.pattern import WindowPattern
 from kernels.window_attention.ranges import (
     class_length,
@@ -169,7 +170,7 @@ def window_attention_key_grad(
     dtype = launch.accumulator if alone else key.dtype
     key_grad = torch.empty(shape, dtype=dtype, device=key.device)
     value_grad = torch.empty(shape, dtype=dtype, device=key.device)
-    tiles = launch.tiles("key_grad", num_seen(pattern))
+    tiles = launch.tiles("window_key_grad", num_seen(pattern))
     longest = max(query_start + seq_len, num_keys)
     num_key_tiles = grid_tiles(pattern.dilation, num_keys, longest, tiles["BLOCK_N"])
     mask, *mask_strides = valid_arguments(valid)

@@ -3,61 +3,16 @@
 Only this module and what it imports need Triton; `api` imports it where a call asks for the kernels.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from kernels.window_attention import global_columns, global_rows, global_rows_grad, tile_table
+from kernels.launch import interpreted_inputs
+from kernels.window_attention import global_columns, global_rows, global_rows_grad
 from kernels.window_attention.forward import window_attention_fwd
 from kernels.window_attention.key_grad import window_attention_key_grad
-from kernels.window_attention.launch import GlobalKeys, interpreted_inputs
+from kernels.window_attention.launch import GlobalKeys
 from kernels.window_attention.pattern import WindowPattern
 from kernels.window_attention.query_grad import window_attention_query_grad
-from kernels.window_attention.tile_table import INTERPRETED
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MIN_CAPABILITY = (8, 0)
-LACKING = ("position_query", "position_key")
-
-
-def why_not(device: torch.device, dtype: torch.dtype, *, head_dim: int, needs: Sequence[str] = ()) -> str | None:
-    """As `api.why_not_triton`, once Triton is there."""
-    lacking = [name for name in needs if name in LACKING]
-    if lacking:
-        return f"the kernels have no {' and '.join(lacking)}"
-    if dtype not in DTYPES and not (INTERPRETED and dtype == torch.float64):
-        return f"the kernels take float32, float16 and bfloat16, not {dtype}"
-    if head_dim > tile_table.MAX_HEAD_DIM:
-        return f"the kernels take a head dim of at most {tile_table.MAX_HEAD_DIM}, not {head_dim}"
-    if device.type == "cpu":
-        advice = "move the tensors to a GPU, or set TRITON_INTERPRET=1 before Python starts"
-        return None if INTERPRETED else f"the kernels run on CUDA, the tensors are on the CPU: {advice}"
-    if device.type != "cuda":
-        return f"the kernels run on CUDA, the tensors are on {device.type}"
-    if INTERPRETED:
-        return "TRITON_INTERPRET=1 is set, which takes tensors on the CPU"
-    # by comparison, as a compiler may know the head dim as a symbol alone
-    padded = min(block for block in tile_table.BLOCK_DIMS if head_dim <= block)
-    return _device_lacks(device, dtype.itemsize, padded)
-
-
-# asked once when a call is compiled: what a GPU is does not change
-@torch.compiler.assume_constant_result
-def _device_lacks(device, element_size, padded):
-    """What a GPU is too small or too old for."""
-    properties = torch.cuda.get_device_properties(device)
-    found = (properties.major, properties.minor)
-    if found < MIN_CAPABILITY:
-        return f"the kernels need compute capability 8.0, {properties.name} has {found[0]}.{found[1]}"
-    arch = f"sm_{found[0]}{found[1]}"
-    needed = tile_table.needed_shared_memory(arch, element_size, padded)
-    if needed > properties.shared_memory_per_block_optin:
-        return (
-            f"the kernels need {needed:,} bytes of shared memory for heads of {padded} channels, {properties.name} has "
-            f"{properties.shared_memory_per_block_optin:,}"
-        )
-    return None
 
 
 def window_attention(

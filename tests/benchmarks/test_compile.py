@@ -12,7 +12,7 @@ from benchmarks.assembly import Resources, ctas_per_multiprocessor, parse
 from benchmarks.compile import ALLOWED_SPILLS, Row, judge, markdown, record_shared_memory, show
 from benchmarks.compile_cases import HELPER_KERNELS, KERNELS, MAX_CASES, Case, shipped_cases, subset
 from benchmarks.timing import environment
-from kernels.window_attention import tile_table
+from kernels import tile_table
 from tests.helpers import run_python
 
 USAGE = """
@@ -44,7 +44,7 @@ def good_row(**changes) -> Row:
     sizes = {"block_m": 128, "block_n": 64, "split": True, "num_warps": 8, "num_stages": 3}
     none = {"stack_bytes": 0, "spill_stores": 0, "spill_loads": 0, "hmma": 0, "tcgen05": 0}
     found = {"registers": 122, "shared_bytes": 65536, "ctas": 2, "hgmma": 16, "num_instructions": 1696, "seconds": 3.0}
-    row = Row("forward", "sm_90", "bfloat16", 64, "plain", 2049, **sizes, **none, **found)
+    row = Row("window_forward", "sm_90", "bfloat16", 64, "plain", 2049, **sizes, **none, **found)
     return dataclasses.replace(row, **changes)
 
 
@@ -96,7 +96,10 @@ def test_programs_of_a_multiprocessor(arch, registers, shared_bytes, num_warps, 
         ({"hgmma": 0}, "no tensor-core instruction"),
         ({"hgmma": 0, "dtype": "float16", "arch": "sm_80"}, "no tensor-core instruction"),
         ({"hgmma": 0, "hmma": 64}, "no wgmma with 128 rows"),
-        ({"hgmma": 0, "hmma": 64, "kernel": "key_grad", "head_dim": 128, "block_m": 32}, "no wgmma with 64 rows"),
+        (
+            {"hgmma": 0, "hmma": 64, "kernel": "window_key_grad", "head_dim": 128, "block_m": 32},
+            "no wgmma with 64 rows",
+        ),
     ],
 )
 def test_each_defect_is_named(changes, words):
@@ -109,7 +112,10 @@ def test_each_defect_is_named(changes, words):
     [
         ({}, ""),
         ({"hgmma": 0, "hmma": 64, "block_m": 32}, "mma, not wgmma: 32 rows, wgmma needs 64"),
-        ({"hgmma": 0, "hmma": 64, "kernel": "key_grad", "block_n": 32}, "mma, not wgmma: 32 rows, wgmma needs 64"),
+        (
+            {"hgmma": 0, "hmma": 64, "kernel": "window_key_grad", "block_n": 32},
+            "mma, not wgmma: 32 rows, wgmma needs 64",
+        ),
         ({"hgmma": 0, "dtype": "float32"}, "no tensor cores: float32 as IEEE has it"),
         ({"hgmma": 0, "hmma": 64, "arch": "sm_80"}, ""),
         ({"hgmma": 0, "tcgen05": 24, "arch": "sm_100"}, ""),
@@ -154,9 +160,9 @@ def test_shared_memory_is_recorded_where_the_tiles_came_from(tmp_path):
     path = tmp_path / "tiles.json"
     keys = ("kernel", "arch", "element_size", "block_d", "max_seen", "shared_bytes")
     entries = [
-        ("forward", "sm_90", 2, 64, 640, 0),
-        ("forward", "sm_90", 2, 64, None, 0),
-        ("forward", "sm_80", 2, 64, None, 0),
+        ("window_forward", "sm_90", 2, 64, 640, 0),
+        ("window_forward", "sm_90", 2, 64, None, 0),
+        ("window_forward", "sm_80", 2, 64, None, 0),
     ]
     path.write_text(json.dumps([dict(zip(keys, entry, strict=True)) for entry in entries]))
     rows = [
@@ -175,7 +181,7 @@ def test_shared_memory_is_recorded_where_the_tiles_came_from(tmp_path):
 
 
 def test_table_and_markdown_hold_every_row():
-    rows = [good_row(), good_row(kernel="key_grad", note="a note", features="valid+group 4")]
+    rows = [good_row(), good_row(kernel="window_key_grad", note="a note", features="valid+group 4")]
     console = Console(width=200, record=True, file=None, quiet=False)
     show(console, rows)
     text = console.export_text()
@@ -203,11 +209,11 @@ def test_an_absurd_tile_is_found_to_spill():
     code = """
 from benchmarks.compile import measure
 from benchmarks.compile_cases import Case
-from kernels.window_attention import tile_table
+from kernels import tile_table
 
 tiles = {"BLOCK_M": 128, "BLOCK_N": 64, "SPLIT": False, "num_warps": 4, "num_stages": 2}
-with tile_table.trial("query_grad", tiles):
-    row = measure(Case("query_grad", "sm_80", "bfloat16", 128))
+with tile_table.trial("window_query_grad", tiles):
+    row = measure(Case("window_query_grad", "sm_80", "bfloat16", 128))
 print(row.stack_bytes, row.hmma, row.defect)
 """
     done = run_python("-c", code, TRITON_INTERPRET="0")
@@ -222,11 +228,11 @@ def test_a_launch_that_does_not_compile_is_a_defect_with_its_reason():
     code = """
 from benchmarks.compile import measure
 from benchmarks.compile_cases import Case
-from kernels.window_attention import tile_table
+from kernels import tile_table
 
 tiles = {"BLOCK_M": 48, "BLOCK_N": 64, "SPLIT": False, "num_warps": 4, "num_stages": 2}
-with tile_table.trial("forward", tiles):
-    print(measure(Case("forward", "sm_80", "bfloat16", 64)).defect)
+with tile_table.trial("window_forward", tiles):
+    print(measure(Case("window_forward", "sm_80", "bfloat16", 64)).defect)
 """
     done = run_python("-c", code, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
@@ -245,6 +251,6 @@ def test_the_table_is_updated_from_every_row_alone(capsys):
 
 
 def test_names_tell_what_a_launch_has():
-    case = Case("forward", "sm_90", "bfloat16", 64, 640, causal=True, has_valid=True, num_globals=1)
+    case = Case("window_forward", "sm_90", "bfloat16", 64, 640, causal=True, has_valid=True, num_globals=1)
     assert case.name == "forward sm_90 bfloat16 D64 seen 640 causal+valid+globals 1"
-    assert Case("key_grad", "sm_80", "float32", 16).name == "key_grad sm_80 float32 D16 plain"
+    assert Case("window_key_grad", "sm_80", "float32", 16).name == "window_key_grad sm_80 float32 D16 plain"

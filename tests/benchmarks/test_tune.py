@@ -5,10 +5,10 @@ import json
 import pytest
 
 from benchmarks import tune
-from kernels.window_attention import tile_table
+from kernels import tile_table
 
 
-@pytest.mark.parametrize("kernel", ["forward", "key_grad", "global_columns"])
+@pytest.mark.parametrize("kernel", ["window_forward", "window_key_grad", "global_columns"])
 @pytest.mark.parametrize(("block_d", "element_size"), [(16, 2), (64, 2), (256, 2), (64, 4), (256, 4)])
 def test_there_are_candidates_and_none_is_beyond_a_multiprocessor(kernel, block_d, element_size):
     options = list(tune.candidates(kernel, block_d, element_size))
@@ -32,7 +32,7 @@ def test_the_fastest_is_chosen_and_what_fails_is_passed_over():
 
 def test_rows_take_the_place_of_their_like_in_the_order_of_the_table():
     table = tile_table.rows()
-    place = {"kernel": "forward", "arch": "sm_90", "element_size": 2, "block_d": 64}
+    place = {"kernel": "window_forward", "arch": "sm_90", "element_size": 2, "block_d": 64}
     tile = {"BLOCK_M": 64, "BLOCK_N": 64, "SPLIT": True, "num_warps": 4, "num_stages": 3, "shared_bytes": 0}
     found = [{**place, "max_seen": max_seen, **tile} for max_seen in (None, 640)]
     new = tune.replace_rows(table, found)
@@ -51,11 +51,11 @@ def test_the_shipped_table_is_written_as_tuning_writes_it():
 
 def test_a_trial_replaces_the_row_of_one_kernel():
     place = {"arch": "sm_90", "element_size": 2, "head_dim": 40, "num_seen": 9}
-    before = {kernel: tile_table.choose(kernel, **place) for kernel in ("forward", "key_grad")}
-    with tile_table.trial("forward", {"BLOCK_M": 16}):
-        assert tile_table.choose("forward", **place) == {"BLOCK_M": 16, "BLOCK_D": 64}
-        assert tile_table.choose("key_grad", **place) == before["key_grad"]
-    assert tile_table.choose("forward", **place) == before["forward"]
+    before = {kernel: tile_table.choose(kernel, **place) for kernel in ("window_forward", "window_key_grad")}
+    with tile_table.trial("window_forward", {"BLOCK_M": 16}):
+        assert tile_table.choose("window_forward", **place) == {"BLOCK_M": 16, "BLOCK_D": 64}
+        assert tile_table.choose("window_key_grad", **place) == before["window_key_grad"]
+    assert tile_table.choose("window_forward", **place) == before["window_forward"]
 
 
 @pytest.mark.interpreter

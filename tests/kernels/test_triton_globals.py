@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kernels.launch import num_splits
 from kernels.window_attention import global_rows_attention, window_attention
-from kernels.window_attention.launch import num_splits
 from tests.kernels.global_cases import GLOBAL_SETS, make_global_index
 from tests.kernels.window import assert_same, error, make_inputs, make_valid, run
 

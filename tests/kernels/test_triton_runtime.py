@@ -7,7 +7,8 @@ import torch
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from kernels.window_attention import global_rows_attention, ops, tile_table, why_not_triton, window_attention
+from kernels import dispatch, launch, tile_table
+from kernels.window_attention import api, global_rows_attention, ops, why_not_triton, window_attention
 from tests.kernels.window import make_inputs, run
 from tests.models.tiny import loss_and_gradients, text, tiny_model
 
@@ -124,7 +125,7 @@ class TestRefusals:
         assert "not torch.int64" in str(why_not_triton(torch.device("cpu"), head_dim=16, dtype=torch.int64))
 
     def test_cpu_tensors_outside_the_interpreter(self, monkeypatch):
-        monkeypatch.setattr(ops, "INTERPRETED", False)
+        monkeypatch.setattr(dispatch, "INTERPRETED", False)
         with pytest.raises(ValueError, match="run on CUDA, the tensors are on the CPU: .*TRITON_INTERPRET=1"):
             window_attention(**small_inputs(), window=3, impl="triton")
 
@@ -142,7 +143,7 @@ class TestRefusals:
         Tiny.major = major
         monkeypatch.setattr(tile_table, "needed_shared_memory", lambda *place: 2000)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Tiny)
-        assert reason in ops._device_lacks("cuda:0", 2, 64)
+        assert reason in launch.device_lacks("cuda:0", 2, 64, api.KERNELS)
 
 
 class TestTileTable:
@@ -161,12 +162,12 @@ class TestTileTable:
                     assert ("SPLIT" in tile) == (kernel in tile_table.WINDOW_KERNELS)
 
     def test_older_architectures_have_none(self):
-        with pytest.raises(ValueError, match="no tile sizes of forward for sm_75"):
-            tile_table.choose("forward", arch="sm_75", element_size=2, head_dim=64, num_seen=9)
+        with pytest.raises(ValueError, match="no tile sizes of window_forward for sm_75"):
+            tile_table.choose("window_forward", arch="sm_75", element_size=2, head_dim=64, num_seen=9)
 
     def test_shared_memory_is_known_of_every_row(self):
         assert all(0 < row["shared_bytes"] <= 232448 for row in tile_table.rows())
-        assert 0 < tile_table.needed_shared_memory("sm_80", 2, 64) <= 166912
+        assert 0 < tile_table.needed_shared_memory("sm_80", 2, 64, api.KERNELS) <= 166912
 
     def test_rows_are_in_order(self):
         """The first row that fits is taken: newest architecture first, narrow windows before wide ones."""

@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels.window_attention
+from kernels import dispatch
 from kernels.window_attention import api, global_rows_attention, window_attention
 from tests.helpers import run_python
 from tests.kernels.window import error, make_inputs, make_valid, run
@@ -42,11 +43,12 @@ def kernels_that(monkeypatch):
             calls.append((tensors, options))
             return "kernels"
 
-        def why_not(device, dtype, *, head_dim, needs=()):
+        def why_not(device, *, head_dim, dtype, needs=()):
             calls.append((device.type, dtype, head_dim, tuple(needs)))
             return reason
 
-        ops = types.SimpleNamespace(why_not=why_not, window_attention=answer, global_rows_attention=answer)
+        monkeypatch.setattr(api, "why_not_triton", why_not)
+        ops = types.SimpleNamespace(window_attention=answer, global_rows_attention=answer)
         monkeypatch.setattr(kernels.window_attention, "ops", ops, raising=False)
         return calls
 
@@ -55,7 +57,7 @@ def kernels_that(monkeypatch):
 
     monkeypatch.setattr(api, "blocked", types.SimpleNamespace(window_attention=blocked, global_rows_attention=blocked))
 
-    api._say_once.cache_clear()
+    dispatch.say_once.cache_clear()
     return put
 
 
@@ -104,7 +106,7 @@ def test_on_a_gpu_auto_takes_the_kernels_where_they_can(kernels_that, caplog, ca
     """Tensors that only say where they are: no GPU is needed."""
     calls = kernels_that(reason)
     name = "window_attention" if call is columns else "global_rows_attention"
-    with FakeTensorMode(), caplog.at_level(logging.INFO, logger="kernels.window_attention.api"):
+    with FakeTensorMode(), caplog.at_level(logging.INFO, logger="kernels.dispatch"):
         query, key = (torch.empty(2, length, 2, 4, device="cuda") for length in (3, 10))
         index = torch.empty(2, 3, dtype=torch.int64, device="cuda")
         for _ in range(2):
@@ -132,9 +134,9 @@ def test_on_a_gpu_auto_is_blocked_where_an_argument_is_lacking(kernels_that):
 
 @CALLS
 def test_auto_says_once_what_it_took(caplog, call):
-    api._say_once.cache_clear()
+    dispatch.say_once.cache_clear()
     name = "window_attention" if call is columns else "global_rows_attention"
-    with caplog.at_level(logging.INFO, logger="kernels.window_attention.api"):
+    with caplog.at_level(logging.INFO, logger="kernels.dispatch"):
         call(impl="blocked")
         assert not caplog.records
         call()

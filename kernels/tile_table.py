@@ -22,7 +22,11 @@ BLOCK_DIMS = (16, 32, 64, 128, 256)  # channels of a tile: those of a head, padd
 MAX_HEAD_DIM = BLOCK_DIMS[-1]
 # what the kernels take from a row; the rest of it says where it comes from
 OPTIONS = ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
-WINDOW_KERNELS = ("forward", "query_grad", "key_grad")  # those with a loop for the tiles that no edge crosses
+WINDOW_KERNELS = (
+    "window_forward",
+    "window_query_grad",
+    "window_key_grad",
+)  # those with a loop for the tiles that no edge crosses
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 _trials: ContextVar[dict[str, dict[str, Any]]] = ContextVar("trials")
 
@@ -97,13 +101,13 @@ def rows() -> list[dict[str, Any]]:
 
 
 @lru_cache
-def needed_shared_memory(arch: str, element_size: int, head_dim: int) -> int:
-    """Bytes of shared memory that the hungriest kernel takes, from the ahead-of-time report."""
+def needed_shared_memory(arch: str, element_size: int, head_dim: int, kernels: tuple[str, ...]) -> int:
+    """Bytes of shared memory that the hungriest of these kernels takes, from the ahead-of-time report."""
     block_d = block_dim(head_dim)
     newest: dict[str, dict] = {}
     for row in rows():
         same = (row["element_size"], row["block_d"]) == (element_size, block_d)
-        if same and _version(row["arch"]) <= _version(arch):
+        if same and row["kernel"] in kernels and _version(row["arch"]) <= _version(arch):
             newest.setdefault(f"{row['kernel']} {row['max_seen']}", row)
     return max((row["shared_bytes"] for row in newest.values()), default=0)
 

@@ -1,0 +1,36 @@
+"""What the attention functions refuse before anything is computed, and under which dtype they run."""
+
+import torch
+
+
+def refuse_unbuilt(function: str, **arguments) -> None:
+    """NotImplementedError naming the first argument that is given."""
+    for name, argument in arguments.items():
+        if argument is not None:
+            raise NotImplementedError(f"{function}: the argument {name} is not implemented yet")
+
+
+def check_shapes(query, key, value, valid, name: str = "query") -> None:
+    """ValueError where query [B, T, H, D], key and value [B, S, Hkv, D], valid [B, S] or their dtypes do not fit."""
+    if query.dim() != 4 or key.dim() != 4:
+        raise ValueError(f"{name} and key must be [B, T, H, D], got {tuple(query.shape)} and {tuple(key.shape)}")
+    if key.shape != value.shape:
+        raise ValueError(f"key and value must share one shape: {tuple(key.shape)}, {tuple(value.shape)}")
+    batch, _, num_heads, head_dim = query.shape
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise ValueError(f"{name} {tuple(query.shape)} and key {tuple(key.shape)} differ in batch or head dim")
+    if num_heads % key.shape[2]:
+        raise ValueError(f"{num_heads} query heads are no multiple of {key.shape[2]} key heads")
+    if valid is not None and (valid.shape != key.shape[:2] or valid.dtype != torch.bool):
+        raise ValueError(f"valid must be bool [{batch}, {key.shape[1]}], got {valid.dtype} {tuple(valid.shape)}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"{name}, key and value must share one dtype: {query.dtype}, {key.dtype}, {value.dtype}")
+
+
+def under_autocast(*tensors: torch.Tensor | None) -> list:
+    """The tensors in the dtype of autocast where it is on, as scaled_dot_product_attention casts: float64 stays."""
+    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
