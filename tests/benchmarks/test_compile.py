@@ -252,5 +252,5 @@ def test_the_table_is_updated_from_every_row_alone(capsys):
 
 def test_names_tell_what_a_launch_has():
     case = Case("window_forward", "sm_90", "bfloat16", 64, 640, causal=True, has_valid=True, num_globals=1)
-    assert case.name == "forward sm_90 bfloat16 D64 seen 640 causal+valid+globals 1"
+    assert case.name == "window_forward sm_90 bfloat16 D64 seen 640 causal+valid+globals 1"
     assert Case("window_key_grad", "sm_80", "float32", 16).name == "window_key_grad sm_80 float32 D16 plain"
