@@ -1,1 +1,1 @@
-"""Attention mechanisms: one folder each, with a dense oracle and a linear-memory path behind one function."""
+"""Attention mechanisms: one folder each, a dense oracle, a linear-memory path and kernels behind one function."""

@@ -23,8 +23,16 @@ def check_shapes(query, key, value, valid, name: str = "query") -> None:
         raise ValueError(f"{num_heads} query heads are no multiple of {key.shape[2]} key heads")
     if valid is not None and (valid.shape != key.shape[:2] or valid.dtype != torch.bool):
         raise ValueError(f"valid must be bool [{batch}, {key.shape[1]}], got {valid.dtype} {tuple(valid.shape)}")
+    for other, tensor in (("key", key), ("value", value), ("valid", valid)):
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"{other} is on {tensor.device}, {name} is on {query.device}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"{name}, key and value must share one dtype: {query.dtype}, {key.dtype}, {value.dtype}")
+
+
+def empty_result(query: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """Zeros shaped as query, the result where there is no query or no key, with zero gradients of every input."""
+    return torch.zeros_like(query) + sum(tensor[:0].sum() for tensor in (query, *others))
 
 
 def under_autocast(*tensors: torch.Tensor | None) -> list:

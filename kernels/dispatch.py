@@ -15,13 +15,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def choose_path(
-    function: str, impl: str, query: torch.Tensor, why_not: Callable[..., str | None], needs: tuple[str, ...] = ()
+    function: str, impl: str, query: torch.Tensor, why_not: Callable[..., str | None], lacking: tuple[str, ...] = ()
 ) -> str:
     """The path of `function` that `impl` stands for; "auto" is said once, with the reason.
 
     Args:
         why_not: called with a device and the keywords head_dim, dtype and needs: why the Triton kernels cannot run.
-        needs: arguments of the call that the kernels lack.
+        lacking: arguments of the call that the kernels do not have.
 
     Raises:
         ValueError: an unknown `impl`, or "triton" where the kernels cannot run.
@@ -29,9 +29,9 @@ def choose_path(
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}, it must be one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "triton" and needs:
+    if impl == "triton" and lacking:
         raise NotImplementedError(
-            f"{function}: impl='triton' has no {' and '.join(needs)} yet, use impl='auto' or 'blocked'"
+            f"{function}: impl='triton' has no {' and '.join(lacking)} yet, use impl='auto' or 'blocked'"
         )
     if impl == "triton":
         reason = why_not(query.device, head_dim=query.shape[-1], dtype=query.dtype)
@@ -41,7 +41,7 @@ def choose_path(
         return impl
     reason = "the fastest one outside of GPUs"
     if query.is_cuda:
-        reason = why_not(query.device, head_dim=query.shape[-1], dtype=query.dtype, needs=needs)
+        reason = why_not(query.device, head_dim=query.shape[-1], dtype=query.dtype, needs=lacking)
     impl = "triton" if reason is None else "blocked"
     if not torch.compiler.is_compiling():
         say_once(function, impl, reason or "the fastest one on this device, with every feature asked for")

@@ -51,16 +51,18 @@ class Launch:
             element_size=self.query.element_size(),
             head_dim=self.query.shape[-1],
             num_seen=num_seen,
+            limit=tile_table.shared_limit(self.query.device),
         )
 
-    def on_device(self) -> contextlib.AbstractContextManager:
-        """Kernels start on the current device: make it that of the tensors."""
-        return torch.cuda.device_of(self.query) if self.query.is_cuda else contextlib.nullcontext()
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Kernels start on the current device: make it that of a tensor."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are rounded: as torch is set for its own (torch.set_float32_matmul_precision)."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    """How products of float32 are rounded: as torch is set for its own on CUDA, by its old or its new interface."""
+    exact = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "ieee" if exact else "tf32"
 
 
@@ -72,7 +74,7 @@ def valid_arguments(valid: torch.Tensor | None) -> tuple:
 def num_splits(length: int, num_programs: int, block: int) -> tuple[int, int]:
     """(parts, tokens of a part) to cut `length` tokens into, so that PROGRAMS programs run where each would be one.
 
-    The same on every GPU, so that the order of sums is; a part holds whole tiles, at least MIN_TILES of them.
+    The same on every GPU, so that the order of sums is; a part holds whole tiles, about MIN_TILES of them or more.
     """
     num_tiles = -(-length // block)
     parts = max(1, min(PROGRAMS // num_programs, num_tiles // MIN_TILES))

@@ -27,6 +27,8 @@ WINDOW_KERNELS = (
     "window_query_grad",
     "window_key_grad",
 )  # those with a loop for the tiles that no edge crosses
+# bytes of shared memory that one program may have
+SHARED_LIMITS = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 _trials: ContextVar[dict[str, dict[str, Any]]] = ContextVar("trials")
 
@@ -56,37 +58,55 @@ def architecture(device: torch.device) -> str:
     chosen = _target.get()
     if chosen is not None:
         return chosen
-    return "interpreter" if INTERPRETED else _capability(device)
+    return "interpreter" if INTERPRETED else _on_device(device)[0]
+
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have on a CUDA device, or on the enclosing `target`."""
+    if _target.get() is None and not INTERPRETED:
+        return _on_device(device)[1]
+    known = [version for version in SHARED_LIMITS if version <= _version(_target.get() or "sm_80")]
+    return SHARED_LIMITS[max(known, default=80)]
 
 
 @lru_cache
-def _capability(device):
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+def _on_device(device):
+    properties = torch.cuda.get_device_properties(device)
+    return f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin
 
 
-def choose(kernel: str, *, arch: str, element_size: int, head_dim: int, num_seen: int) -> dict[str, Any]:
+def choose(
+    kernel: str, *, arch: str, element_size: int, head_dim: int, num_seen: int, limit: int | None = None
+) -> dict[str, Any]:
     """Tile sizes, num_warps and num_stages of a kernel for a head dim whose queries see `num_seen` keys.
 
-    The row is that of the newest architecture in the table which is not newer than `arch`. Raises ValueError where
-    the table holds no row: a head dim above MAX_HEAD_DIM, an older architecture.
+    The row is that of the newest architecture in the table which is not newer than `arch` and takes at most `limit`
+    bytes of shared memory. Raises ValueError where the table holds no row: a head dim above MAX_HEAD_DIM, an older
+    architecture.
     """
     if kernel in _trials.get({}):
         return {**_trials.get()[kernel], "BLOCK_D": block_dim(head_dim)}
-    return dict(_options(kernel, arch, element_size, head_dim, num_seen))
+    return dict(_options(kernel, arch, element_size, head_dim, num_seen, limit))
 
 
 @lru_cache(maxsize=4096)
-def _options(kernel, arch, element_size, head_dim, num_seen):
+def _options(kernel, arch, element_size, head_dim, num_seen, limit):
     block_d = block_dim(head_dim)
     if arch == "interpreter":
         split = {"SPLIT": True} if kernel in WINDOW_KERNELS else {}
         return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": block_d, **split}
-    for row in rows():
-        fits = (row["kernel"], row["element_size"], row["block_d"]) == (kernel, element_size, block_d)
-        if fits and _version(row["arch"]) <= _version(arch) and num_seen <= (row["max_seen"] or num_seen):
+    for row in _rows_for(kernel, arch, element_size, block_d):
+        if num_seen <= (row["max_seen"] or num_seen) and (limit is None or row["shared_bytes"] <= limit):
             return {**{name: row[name] for name in OPTIONS if name in row}, "BLOCK_D": block_d}
     raise ValueError(f"no tile sizes of {kernel} for {arch}, head dim {head_dim} and {element_size}-byte elements")
+
+
+def _rows_for(kernel, arch, element_size, block_d):
+    """Rows of a kernel that an architecture can take, the one to prefer first."""
+    place = (kernel, element_size, block_d)
+    for row in rows():
+        if (row["kernel"], row["element_size"], row["block_d"]) == place and _version(row["arch"]) <= _version(arch):
+            yield row
 
 
 def block_dim(head_dim: int) -> int:
@@ -102,14 +122,10 @@ def rows() -> list[dict[str, Any]]:
 
 @lru_cache
 def needed_shared_memory(arch: str, element_size: int, head_dim: int, kernels: tuple[str, ...]) -> int:
-    """Bytes of shared memory that the hungriest of these kernels takes, from the ahead-of-time report."""
-    block_d = block_dim(head_dim)
-    newest: dict[str, dict] = {}
-    for row in rows():
-        same = (row["element_size"], row["block_d"]) == (element_size, block_d)
-        if same and row["kernel"] in kernels and _version(row["arch"]) <= _version(arch):
-            newest.setdefault(f"{row['kernel']} {row['max_seen']}", row)
-    return max((row["shared_bytes"] for row in newest.values()), default=0)
+    """Bytes of shared memory without which one of these kernels has no tiles, from the ahead-of-time report."""
+    found = [_rows_for(kernel, arch, element_size, block_dim(head_dim)) for kernel in kernels]
+    least = (min((row["shared_bytes"] for row in few if not row["max_seen"]), default=0) for few in found)
+    return max(least, default=0)
 
 
 def _version(arch):

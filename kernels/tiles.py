@@ -14,7 +14,7 @@ LOG2_E = 1.4426950408889634
 @triton.jit
 def tile_offsets(rows, row_stride, dims, dim_stride):
     """Offsets [rows, dims] in elements, 64 bits wide: a long sequence of many heads passes 2^31."""
-    return rows.to(tl.int64)[:, None] * row_stride + dims[None, :] * dim_stride
+    return rows.to(tl.int64)[:, None] * row_stride + dims.to(tl.int64)[None, :] * dim_stride
 
 
 @triton.jit

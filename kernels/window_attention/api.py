@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels import dispatch
-from kernels.checks import check_shapes, refuse_unbuilt, under_autocast
+from kernels.checks import check_shapes, empty_result, refuse_unbuilt, under_autocast
 from kernels.window_attention import blocked, reference
 from kernels.window_attention.checks import check_global_index, check_positions
 from kernels.window_attention.pattern import WindowPattern
@@ -53,6 +53,7 @@ def window_attention(
             than the sequence holds means all of it. With `causal` the keys to the right are dropped.
         dilation: distance in tokens between neighbouring keys of a window; an int or one a head.
         valid: [B, S] bool, True = real. Other keys are never seen; rows standing at them are zeros without gradient.
+            What stands there must be finite, as nothing times nan or inf is nan.
         global_index: [B, G] int64 or int32, positions of keys that every row of all heads sees beside its window, in
             the same softmax, each once; with `causal` only rows at or after them. Any order. An entry that is
             negative (-1 pads), at or past S, at a key that is not valid, or a repetition means nothing. The row of a
@@ -94,10 +95,10 @@ def window_attention(
     check_positions(position_query, position_key, query, pattern)
     if global_index is not None:
         check_global_index(global_index, query)
-    needs = () if position_query is None else LACKING
-    impl = dispatch.choose_path("window_attention", impl, query, why_not_triton, needs)
+    lacking = () if position_query is None else LACKING
+    impl = dispatch.choose_path("window_attention", impl, query, why_not_triton, lacking)
     if query.numel() == 0 or key.numel() == 0:
-        return torch.zeros_like(query)
+        return empty_result(query, key, value)
     options = {
         "pattern": pattern,
         "scale": query.shape[-1] ** -0.5 if scale is None else scale,
@@ -161,7 +162,7 @@ def global_rows_attention(
     check_global_index(global_index, query_global, num_rows=query_global.shape[1])
     impl = dispatch.choose_path("global_rows_attention", impl, query_global, why_not_triton)
     if query_global.numel() == 0 or key.numel() == 0:
-        return torch.zeros_like(query_global)
+        return empty_result(query_global, key, value)
     options = {
         "global_index": global_index,
         "scale": query_global.shape[-1] ** -0.5 if scale is None else scale,

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from kernels.checks import empty_result
+
 
 class Problems(NamedTuple):
     """P independent problems of N rows and K keys.
@@ -30,8 +32,8 @@ class Problems(NamedTuple):
 
     def zeros(self) -> torch.Tensor:
         """The result where there is no key: zeros, with zero gradients of every input."""
-        empty = (self.query, self.key, self.value, self.position_query, self.position_key)
-        return torch.zeros_like(self.query) + sum(tensor[:0].sum() for tensor in empty if tensor is not None)
+        others = (self.key, self.value, self.position_query, self.position_key)
+        return empty_result(self.query, *(tensor for tensor in others if tensor is not None))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import Launch, num_splits, valid_arguments
+from kernels.launch import Launch, num_splits, on_device, valid_arguments
 from kernels.tiles import key_grad_step, load_lse2, load_tile, tile_offsets
 from kernels.window_attention.launch import GlobalKeys, global_block
 from kernels.window_attention.pattern import WindowPattern
@@ -24,7 +24,7 @@ def global_table_kernel(
     batch = tl.program_id(0).to(tl.int64)
     slots = tl.arange(0, BLOCK_G)
     index = index_ptr + batch * index_stride_b
-    positions = tl.load(index + slots * index_stride_g, mask=slots < G, other=-1).to(tl.int64)
+    positions = tl.load(index + slots.to(tl.int64) * index_stride_g, mask=slots < G, other=-1).to(tl.int64)
     kept = (positions >= 0) & (positions < S)
     if HAS_VALID:
         valid = valid_ptr + batch * valid_stride_b
@@ -32,7 +32,7 @@ def global_table_kernel(
     repeats = tl.zeros([BLOCK_G], tl.int32)
     for first in range(0, G, BLOCK_C):
         others = first + tl.arange(0, BLOCK_C)
-        other = tl.load(index + others * index_stride_g, mask=others < G, other=-1).to(tl.int64)
+        other = tl.load(index + others.to(tl.int64) * index_stride_g, mask=others < G, other=-1).to(tl.int64)
         same = (positions[:, None] == other[None, :]) & (others[None, :] < slots[:, None])
         repeats += tl.sum(same.to(tl.int32), 1)
     kept = kept & (repeats == 0)
@@ -48,14 +48,16 @@ def global_table(global_index: torch.Tensor, valid: torch.Tensor | None, num_key
     counts = torch.empty(batch, dtype=torch.int32, device=global_index.device)
     mask, *mask_strides = valid_arguments(valid)
     block = max(16, triton.next_power_of_2(num_global))
-    global_table_kernel[(batch,)](
-        global_index, mask, positions, counts, *global_index.stride(), *mask_strides,
-        S=num_keys, G=num_global, HAS_VALID=valid is not None, BLOCK_G=block, BLOCK_C=min(block, 8192 // block or 1),
-    )  # fmt: skip
+    with on_device(global_index):
+        global_table_kernel[(batch,)](
+            global_index, mask, positions, counts, *global_index.stride(), *mask_strides,
+            S=num_keys, G=num_global, HAS_VALID=valid is not None,
+            BLOCK_G=block, BLOCK_C=min(block, 8192 // block or 1),
+        )  # fmt: skip
     return GlobalKeys(positions, counts)
 
 
-@triton.jit(do_not_specialize=["T", "query_start", "chunk"])
+@triton.jit(do_not_specialize=["T", "query_start", "chunk", "num_problems"])
 def global_columns_grad_kernel(
     out_grad_ptr, query_ptr, key_ptr, value_ptr,  # in,  [B, T, H, D] twice, [B, S, Hkv, D] twice, any strides
     lse2_ptr, delta_ptr,                          # in,  [B, H, T], contiguous
@@ -124,7 +126,7 @@ def global_columns_grad_kernel(
     tl.store(partial_ptr + place + D, value_grad, mask=mask)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "num_problems", "num_parts"])
 def global_columns_sum_kernel(
     partial_ptr, global_ptr, count_ptr,  # in,     [splits, B, Hkv, G, 2, D], [B, G], [B]
     key_grad_ptr, value_grad_ptr,        # in-out, [B, S, Hkv, D], contiguous
@@ -132,8 +134,8 @@ def global_columns_sum_kernel(
     HKV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: add up the chunks of one global key of one key head, over what stands in its place."""
-    problem = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1)
+    slot = tl.program_id(0) % G
+    problem = (tl.program_id(0) // G).to(tl.int64)
     batch, key_head = problem // HKV, problem % HKV
     if slot >= tl.load(count_ptr + batch):
         return
@@ -176,14 +178,14 @@ def global_columns_grad(
     shape = (splits, batch, key_heads, num_global, 2, head_dim)
     partial = torch.empty(shape, dtype=launch.accumulator, device=query.device)
     types = launch.types()
-    with launch.on_device():
+    with on_device(query):
         global_columns_grad_kernel[(batch * key_heads, splits, column_tiles)](
             out_grad, query, key, value, lse2, delta, *global_keys, partial,
             *out_grad.stride(), *query.stride(), *key.stride(), *value.stride(),
             T=seq_len, query_start=query_start, chunk=chunk, num_problems=batch * key_heads,
             H=num_heads, HKV=key_heads, G=num_global, CAUSAL=pattern.causal, **types, **tiles,
         )  # fmt: skip
-        global_columns_sum_kernel[(batch * key_heads, num_global)](
+        global_columns_sum_kernel[(batch * key_heads * num_global,)](
             partial, *global_keys, key_grad, value_grad,
             S=key.shape[1], num_problems=batch * key_heads, num_parts=splits, scale=scale,
             HKV=key_heads, D=head_dim, G=num_global, ACC=types["ACC"], BLOCK_D=tiles["BLOCK_D"],

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import Launch, num_splits, valid_arguments
+from kernels.launch import Launch, num_splits, on_device, valid_arguments
 from kernels.tiles import load_tile, matmul, softmax_step, tile_offsets
 from kernels.window_attention.launch import global_block
 
@@ -101,8 +101,8 @@ def global_rows_combine_kernel(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: one global row of one head from the sums of all parts."""
-    problem = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1)
+    slot = tl.program_id(0) % G
+    problem = (tl.program_id(0) // G).to(tl.int64)
     batch, head = problem // H, problem % H
     place = tl.load(index_ptr + batch * G + slot)
     real = (place >= 0) & (place < S)
@@ -156,7 +156,7 @@ def global_rows_fwd(
     lse2 = torch.empty(batch, num_heads, num_global, **options)
     mask, *mask_strides = valid_arguments(valid)
     types = launch.types()
-    with launch.on_device():
+    with on_device(query):
         global_rows_fwd_kernel[(batch * num_heads, splits, row_tiles)](
             query, key, value, global_index, mask, partial, row_max, row_sum,
             *query.stride(), *key.stride(), *value.stride(), *mask_strides,
@@ -164,7 +164,7 @@ def global_rows_fwd(
             H=num_heads, GROUP=launch.group, G=num_global, CAUSAL=causal, HAS_VALID=valid is not None,
             **types, **tiles,
         )  # fmt: skip
-        global_rows_combine_kernel[(batch * num_heads, num_global)](
+        global_rows_combine_kernel[(batch * num_heads * num_global,)](
             partial, row_max, row_sum, global_index, mask, out, lse2, *mask_strides,
             S=num_keys, num_problems=batch * num_heads, num_parts=splits,
             H=num_heads, D=head_dim, G=num_global, HAS_VALID=valid is not None, ACC=types["ACC"],

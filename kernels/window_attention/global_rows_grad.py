@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import Launch, num_splits, valid_arguments
+from kernels.launch import Launch, num_splits, on_device, valid_arguments
 from kernels.tiles import key_grad_step, load_lse2, load_tile, query_grad_step, tile_offsets
 from kernels.window_attention.global_rows import load_places, row_tile_options, used_slots
 
@@ -27,9 +27,10 @@ def global_rows_key_grad_kernel(
 ):  # fmt: skip
     """One program: the gradients that all global rows give BLOCK_N keys of one key head."""
     GROUP: tl.constexpr = H // HKV
-    problem = tl.program_id(1).to(tl.int64)
+    num_key_tiles = tl.cdiv(S, BLOCK_N)
+    problem = (tl.program_id(0) // num_key_tiles).to(tl.int64)
     batch, key_head = problem // HKV, problem % HKV
-    keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    keys = tl.program_id(0) % num_key_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     there = keys < S
     MASK_DIMS: tl.constexpr = D != BLOCK_D
     dims = tl.arange(0, BLOCK_D)
@@ -165,9 +166,9 @@ def global_rows_grad(
     all_strides = (*out_grad.stride(), *query.stride(), *key.stride(), *value.stride(), *mask_strides)
     shared = {"S": num_keys, "H": num_heads, "G": num_global, "CAUSAL": causal, "HAS_VALID": valid is not None}
     types = launch.types()
-    with launch.on_device():
+    with on_device(query):
         tiles = row_tile_options(launch, "global_rows_key_grad", num_keys, num_global)
-        global_rows_key_grad_kernel[(triton.cdiv(num_keys, tiles["BLOCK_N"]), batch * key_heads)](
+        global_rows_key_grad_kernel[(batch * key_heads * triton.cdiv(num_keys, tiles["BLOCK_N"]),)](
             *inputs, key_grad, value_grad, *all_strides,
             scale=scale, HKV=key_heads, BLOCK_ALL=triton.next_power_of_2(num_global), **shared, **types, **tiles,
         )  # fmt: skip

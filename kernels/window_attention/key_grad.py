@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import Launch, valid_arguments
+from kernels.launch import Launch, on_device, valid_arguments
 from kernels.tiles import key_grad_step, load_lse2, load_tile, tile_offsets
 from kernels.window_attention.launch import head_tables, num_seen
 from kernels.window_attention.pattern import WindowPattern
@@ -174,7 +174,7 @@ def window_attention_key_grad(
     longest = max(query_start + seq_len, num_keys)
     num_key_tiles = grid_tiles(pattern.dilation, num_keys, longest, tiles["BLOCK_N"])
     mask, *mask_strides = valid_arguments(valid)
-    with launch.on_device():
+    with on_device(query):
         window_attention_key_grad_kernel[(num_key_tiles * batch * parts,)](
             out_grad, query, key, value, lse2, delta, mask, *head_tables(pattern, query.device),
             key_grad, value_grad,

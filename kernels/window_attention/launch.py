@@ -1,6 +1,6 @@
 """What the launches of window kernels take beside their tensors: per-head tables and global keys."""
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,9 +23,18 @@ def head_tables(pattern: WindowPattern, device: torch.device) -> tuple[torch.Ten
     return _per_head(pattern.window, device), _per_head(pattern.dilation, device)
 
 
-@lru_cache(maxsize=1024)
+# without a limit: a CUDA graph goes on reading what was here when it was captured
+@cache
 def _per_head(values, device):
     return torch.tensor([min(value, INT32_MAX) for value in values], dtype=torch.int32, device=device)
+
+
+# called when a call is compiled: made in its first run, the tables would lie in the memory of a CUDA graph
+@torch.compiler.assume_constant_result
+def prepare_tables(window: tuple[int, ...], dilation: tuple[int, ...], device: torch.device) -> None:
+    """Make the tables of a pattern, so that no later call has to."""
+    _per_head(window, device)
+    _per_head(dilation, device)
 
 
 def num_seen(pattern: WindowPattern) -> int:

@@ -10,7 +10,7 @@ from kernels.launch import interpreted_inputs
 from kernels.window_attention import global_columns, global_rows, global_rows_grad
 from kernels.window_attention.forward import window_attention_fwd
 from kernels.window_attention.key_grad import window_attention_key_grad
-from kernels.window_attention.launch import GlobalKeys
+from kernels.window_attention.launch import GlobalKeys, prepare_tables
 from kernels.window_attention.pattern import WindowPattern
 from kernels.window_attention.query_grad import window_attention_query_grad
 
@@ -30,6 +30,7 @@ def window_attention(
     query, scale = _positive_scale(query, scale)
     dtype = query.dtype
     query, key, value = interpreted_inputs(query, key, value)
+    prepare_tables(pattern.window, pattern.dilation, query.device)
     table = None
     if global_index is not None and global_index.shape[1]:
         table = _global_table(global_index, valid, key.shape[1])

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import Launch, valid_arguments
+from kernels.launch import Launch, on_device, valid_arguments
 from kernels.tiles import load_lse2, load_tile, query_grad_step, tile_offsets
 from kernels.window_attention.launch import GlobalKeys, global_arguments, global_block, head_tables, num_seen
 from kernels.window_attention.pattern import WindowPattern
@@ -176,7 +176,7 @@ def window_attention_query_grad(
     num_row_tiles = grid_tiles(pattern.dilation, seq_len, longest, tiles["BLOCK_M"])
     mask, *mask_strides = valid_arguments(valid)
     positions, counts, num_global = global_arguments(global_keys)
-    with launch.on_device():
+    with on_device(query):
         window_attention_query_grad_kernel[(num_row_tiles * batch * num_heads,)](
             out_grad, query, key, value, out, lse2, mask, positions, counts, *head_tables(pattern, query.device),
             query_grad, delta,

@@ -16,6 +16,15 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """float32 without tf32, in here alone."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def on_gpu(tensors):
     return {name: None if tensor is None else tensor.detach().cuda() for name, tensor in tensors.items()}
 
@@ -30,7 +39,6 @@ def results(function, inputs, **options):
 
 def assert_as_good_as_plain(function, inputs, options):
     """1e-5 relative, or twice the error of dense attention in the same dtype."""
-    torch.set_float32_matmul_precision("highest")
     exact = results(function, in_double(inputs), **options, impl="reference")
     plain = results(function, inputs, **options, impl="reference")
     ours = results(function, inputs, **options, impl="triton")
@@ -47,6 +55,14 @@ def test_every_head_dim(head_dim, dtype):
     inputs = on_gpu(make_inputs(333, num_heads=4, key_heads=2, head_dim=head_dim, dtype=dtype))
     options = {"window": [37, 37, 150, 8], "dilation": [1, 1, 1, 3], "causal": True}
     assert_as_good_as_plain(window_attention, inputs, options)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_float32_with_tf32_products(head_dim):
+    inputs = on_gpu(make_inputs(333, head_dim=head_dim, dtype=torch.float32))
+    index = on_gpu({"global_index": make_global_index("scattered", 2, 333)})
+    torch.set_float32_matmul_precision("high")
+    assert_as_good_as_plain(window_attention, inputs, {"window": 60, "dilation": [1, 2], **index})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,7 +117,6 @@ def long_problem(seq_len=16384, dtype=torch.bfloat16, num_global=64, batch=1, nu
 
 def test_long_text_is_that_of_the_blocked_path():
     inputs, options = long_problem(8192, torch.float32)
-    torch.set_float32_matmul_precision("highest")
     ours = results(window_attention, inputs, **options)
     for found, truth in zip(ours, results(window_attention, inputs, **options | {"impl": "blocked"}), strict=True):
         assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
@@ -124,27 +139,64 @@ def test_offsets_beyond_32_bits():
     inputs, options = long_problem(seq_len, num_heads=16, head_dim=128, num_global=0)
     options |= {"dilation": [1, 7] * 8, "causal": True}
     assert inputs["query"].numel() > 2**31
-    whole = results(window_attention, inputs, **options)
-    first = seq_len - tail - 256 * 7
-    last = results(window_attention, {name: tensor[:, first:] for name, tensor in inputs.items()}, **options)
-    # the same weights again would need the whole text: compare the result alone, and that gradients are there
-    torch.testing.assert_close(whole[0][:, -tail:], last[0][:, -tail:], rtol=0, atol=2e-2)
-    assert all(grad[:, -tail:].abs().sum() > 0 and torch.isfinite(grad[:, -tail:]).all() for grad in whole[1:])
+
+    def attend(parts):
+        leaves = [tensor.detach().requires_grad_() for tensor in parts.values()]
+        out = window_attention(*leaves, **options)
+        # rows before the tail weigh nothing, so that the gradients of the tail are those of the short text
+        weights = torch.zeros_like(out)
+        weights[:, -tail:] = out.detach()[:, -tail:]
+        return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
+
+    whole = attend(inputs)
+    first = seq_len - tail - 2 * 256 * 7
+    last = attend({name: tensor[:, first:] for name, tensor in inputs.items()})
+    for ours, truth in zip(whole, last, strict=True):
+        torch.testing.assert_close(ours[:, -tail:], truth[:, -tail:], rtol=0, atol=2e-2)
+
+
+def test_channels_far_apart():
+    """A layout whose last stride times the head dim passes 2^31."""
+    channels, seq_len = 128, 2**20
+    stored = torch.randn(channels, 1, seq_len, 17, device="cuda", dtype=torch.bfloat16)
+    spread = stored.permute(1, 2, 3, 0)  # [B, T, H, D]
+    assert spread.stride(3) * (channels - 1) > 2**31
+    query = key = spread[:, -1000:, -1:]
+    ours = window_attention(query, key, key, window=100, impl="triton")
+    truth = window_attention(*(query.contiguous(),) * 3, window=100, impl="triton")
+    assert ours.equal(truth)
 
 
 def test_lengths_compile_nothing_anew():
+    from kernels.window_attention import global_columns, global_rows, global_rows_grad
     from kernels.window_attention.forward import window_attention_fwd_kernel
     from kernels.window_attention.key_grad import window_attention_key_grad_kernel
     from kernels.window_attention.query_grad import window_attention_query_grad_kernel
 
-    kernels = (window_attention_fwd_kernel, window_attention_query_grad_kernel, window_attention_key_grad_kernel)
+    kernels = (
+        window_attention_fwd_kernel,
+        window_attention_query_grad_kernel,
+        window_attention_key_grad_kernel,
+        global_columns.global_table_kernel,
+        global_columns.global_columns_grad_kernel,
+        global_columns.global_columns_sum_kernel,
+        global_rows.global_rows_fwd_kernel,
+        global_rows.global_rows_combine_kernel,
+        global_rows_grad.global_rows_key_grad_kernel,
+        global_rows_grad.global_rows_query_grad_kernel,
+    )
 
     def num_variants():
         return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
 
     def attend(seq_len):
         inputs = on_gpu(make_inputs(seq_len, head_dim=64, dtype=torch.bfloat16))
-        results(window_attention, inputs, window=100, valid=torch.ones(2, seq_len, dtype=torch.bool).cuda())
+        options = {"valid": torch.ones(2, seq_len, dtype=torch.bool).cuda()}
+        options["global_index"] = torch.zeros(2, 4, dtype=torch.int64).cuda()
+        results(window_attention, inputs, window=100, **options)
+        rows = {"query_global": inputs["query"].expand(-1, max(4, seq_len), -1, -1)[:, :4], **inputs}
+        del rows["query"]
+        results(global_rows_attention, rows, **options)
 
     attend(512)
     before = num_variants()
@@ -200,6 +252,27 @@ def test_a_captured_graph_replays_the_same():
     torch.cuda.synchronize()
     for replayed, expected in zip(captured, step(), strict=True):
         assert replayed.equal(expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+def test_compiled_with_cuda_graphs_from_the_first_call():
+    inputs, options = long_problem(2048)
+    options |= {"window": [256] * 6 + [100] * 6, "dilation": [1, 3] * 6}
+    expected = results(window_attention, inputs, **options)
+    compiled = torch.compile(window_attention, mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        for found, truth in zip(results(compiled, inputs, **options), expected, strict=True):
+            torch.testing.assert_close(found, truth)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_tensors_of_a_device_that_is_not_the_current_one():
+    inputs, options = long_problem(1024)
+    elsewhere = {name: tensor.to("cuda:1") for name, tensor in inputs.items()}
+    there = results(window_attention, elsewhere, **options | {"global_index": options["global_index"].to("cuda:1")})
+    for found, truth in zip(there, results(window_attention, inputs, **options), strict=True):
+        torch.testing.assert_close(found.to("cuda:0"), truth)
 
 
 def test_memory_is_that_of_the_tensors_that_must_exist():

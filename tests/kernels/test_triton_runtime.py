@@ -1,5 +1,6 @@
 """The kernels as operators of PyTorch, in the interpreter: compile, checkpointing, autocast, and what they refuse."""
 
+import itertools
 import json
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from kernels import dispatch, launch, tile_table
+from kernels import dispatch, tile_table
+from kernels.launch import device_lacks
 from kernels.window_attention import api, global_rows_attention, ops, why_not_triton, window_attention
+from tests.helpers import run_python
 from tests.kernels.window import make_inputs, run
 from tests.models.tiny import loss_and_gradients, text, tiny_model
 
@@ -143,7 +146,23 @@ class TestRefusals:
         Tiny.major = major
         monkeypatch.setattr(tile_table, "needed_shared_memory", lambda *place: 2000)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Tiny)
-        assert reason in launch.device_lacks("cuda:0", 2, 64, api.KERNELS)
+        assert reason in device_lacks("cuda:0", 2, 64, api.KERNELS)
+
+
+@pytest.mark.parametrize("modern", [False, True])
+def test_float32_products_are_rounded_as_torch_is_set(modern):
+    """By the old interface or the new one, which torch does not let a program mix."""
+    old, new = "torch.set_float32_matmul_precision({!r})", "torch.backends.cuda.matmul.fp32_precision = {!r}"
+    choose = new if modern else old
+    fast, exact = ("tf32", "ieee") if modern else ("high", "highest")
+    code = (
+        "import torch; from kernels.launch import precision\n"
+        "print(precision(torch.float32))\n"
+        f"{choose.format(fast)}; print(precision(torch.float32), precision(torch.bfloat16))\n"
+        f"{choose.format(exact)}; print(precision(torch.float32))"
+    )
+    done = run_python("-c", code)
+    assert done.stdout.split() == ["ieee", "tf32", "ieee", "ieee"], done.stderr
 
 
 class TestTileTable:
@@ -160,6 +179,27 @@ class TestTileTable:
                     )
                     assert tile["BLOCK_D"] >= head_dim and min(tile["BLOCK_M"], tile["BLOCK_N"]) >= 16
                     assert ("SPLIT" in tile) == (kernel in tile_table.WINDOW_KERNELS)
+
+    @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+    @pytest.mark.parametrize("element_size", [2, 4])
+    def test_what_is_taken_fits_the_device(self, arch, element_size):
+        """A device newer than a row may have less shared memory: then an older row is taken."""
+        with tile_table.target(arch):
+            limit = tile_table.shared_limit(torch.device("meta"))
+        place = {"arch": arch, "element_size": element_size, "num_seen": 10**6}
+        for kernel, head_dim in itertools.product(self.KERNELS, tile_table.BLOCK_DIMS):
+            taken = tile_table.choose(kernel, head_dim=head_dim, limit=limit, **place)
+            names = [name for name in tile_table.OPTIONS if name in taken]
+            sizes = [
+                row["shared_bytes"]
+                for row in tile_table.rows()
+                if (row["kernel"], row["element_size"], row["block_d"]) == (kernel, element_size, head_dim)
+                and [row[name] for name in names] == [taken[name] for name in names]
+            ]
+            assert min(sizes) <= limit
+            with pytest.raises(ValueError, match="no tile sizes"):
+                tile_table.choose(kernel, head_dim=head_dim, limit=1, **place)
+        assert tile_table.needed_shared_memory(arch, element_size, 256, api.KERNELS) <= limit
 
     def test_older_architectures_have_none(self):
         with pytest.raises(ValueError, match="no tile sizes of window_forward for sm_75"):

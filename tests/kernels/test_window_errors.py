@@ -181,6 +181,23 @@ def test_unbuilt_arguments_of_global_rows_are_named(argument, value):
 
 
 @pytest.mark.parametrize("impl", ["auto", "blocked", "reference"])
+def test_no_key_gives_zeros_and_zero_gradients(impl):
+    inputs = make_inputs(3, key_len=0)
+    out = window_attention(**inputs, window=2, impl=impl)
+    out.sum().backward()
+    assert torch.equal(out, torch.zeros(2, 3, 2, 4))
+    assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in inputs.values())
+
+
+@pytest.mark.parametrize("name", ["key", "value", "valid"])
+def test_tensors_on_unlike_devices(name):
+    inputs = {**make_inputs(4), "valid": torch.ones(2, 4, dtype=torch.bool)}
+    inputs[name] = inputs[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} is on meta, query is on cpu"):
+        window_attention(**inputs, window=2)
+
+
+@pytest.mark.parametrize("impl", ["auto", "blocked", "reference"])
 def test_an_empty_text_gives_an_empty_result(impl):
     inputs = make_inputs(0)
     assert window_attention(**inputs, window=3, impl=impl).shape == (2, 0, 2, 4)
