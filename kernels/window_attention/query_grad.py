@@ -12,14 +12,14 @@ from kernels.tiles import load_lse2, load_tile, query_grad_step, tile_offsets
 from kernels.window_attention.launch import GlobalKeys, global_arguments, global_block, head_tables, num_seen
 from kernels.window_attention.pattern import WindowPattern
 from kernels.window_attention.ranges import (
-    class_length,
     edge_tile,
     global_seen,
+    global_tile,
     grid_tiles,
     head_pattern,
     in_window,
     key_tiles,
-    tile_of_class,
+    rows_of_program,
 )
 
 
@@ -72,14 +72,11 @@ def window_attention_query_grad_kernel(
     head = program // num_row_tiles % H
     batch = (program // num_row_tiles // H).to(tl.int64)
     left, right, dilation = head_pattern(window_ptr, dilation_ptr, head, T, S, query_start, CAUSAL)
-    residue, first_row = tile_of_class(program % num_row_tiles, T, dilation, BLOCK_M)
-    num_rows = class_length(T, residue, dilation)
+    residue, first_row, num_rows, shift, first_key, num_keys = rows_of_program(
+        program % num_row_tiles, dilation, T, S, query_start, BLOCK_M
+    )
     if residue >= dilation or first_row >= num_rows:
         return
-    shift = (query_start + residue) // dilation
-    first_key = (query_start + residue) % dilation
-    num_keys = class_length(S, first_key, dilation)
-
     MASK_DIMS: tl.constexpr = D != BLOCK_D
     dims = tl.arange(0, BLOCK_D)
     dim_mask = dims < D
@@ -135,13 +132,10 @@ def window_attention_query_grad_kernel(
     if G > 0:
         count = tl.load(count_ptr + batch)
         for start in range(0, count, BLOCK_G):
-            slots = start + tl.arange(0, BLOCK_G)
-            real = slots < count
-            columns = tl.load(global_ptr + batch * G + slots, mask=real, other=0).to(tl.int32)
-            key_place = key_base + tile_offsets(columns, key_stride_t, dims, key_stride_d)
-            value_place = value_base + tile_offsets(columns, value_stride_t, dims, value_stride_d)
-            key = load_tile(key_place, real, dim_mask, True, MASK_DIMS)  # [BLOCK_G, BLOCK_D]
-            value = load_tile(value_place, real, dim_mask, True, MASK_DIMS)
+            key, value, columns, real = global_tile(
+                start, count, global_ptr + batch * G, key_base, key_stride_t, key_stride_d,
+                value_base, value_stride_t, value_stride_d, dims, dim_mask, MASK_DIMS, BLOCK_G,
+            )  # fmt: skip
             seen = global_seen(
                 (query_start + tokens)[:, None], row_steps[:, None], columns[None, :], real[None, :],
                 left, right, first_key, dilation, CAUSAL,

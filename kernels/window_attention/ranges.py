@@ -7,6 +7,8 @@ counted in steps: row m of class `residue` is token residue + m * d, and stands 
 import triton
 import triton.language as tl
 
+from kernels.tiles import load_tile, tile_offsets
+
 
 @triton.jit
 def head_pattern(window_ptr, dilation_ptr, head, T, S, query_start, CAUSAL: tl.constexpr):
@@ -29,6 +31,22 @@ def tile_of_class(tile, length, dilation, BLOCK: tl.constexpr):
 def class_length(length, residue, dilation):
     """Tokens of a residue class among `length`."""
     return tl.maximum(length - residue + dilation - 1, 0) // dilation
+
+
+@triton.jit
+def rows_of_program(tile, dilation, T, S, query_start, BLOCK: tl.constexpr):
+    """(residue, first row, num_rows, shift, first_key, num_keys) of a tile of rows; to skip as `tile_of_class` says."""
+    residue, first_row = tile_of_class(tile, T, dilation, BLOCK)
+    shift = (query_start + residue) // dilation
+    first_key = (query_start + residue) % dilation
+    return (
+        residue,
+        first_row,
+        class_length(T, residue, dilation),
+        shift,
+        first_key,
+        class_length(S, first_key, dilation),
+    )
 
 
 @triton.jit
@@ -74,6 +92,22 @@ def in_window(row_steps, key_steps, left, right):
     """Whether rows see keys, by the steps they stand at; the arguments broadcast against each other."""
     distance = key_steps - row_steps
     return (distance <= right) & (distance >= -left)
+
+
+@triton.jit
+def global_tile(
+    start, count, positions, key_base, key_stride_t, key_stride_d, value_base, value_stride_t, value_stride_d,
+    dims, dim_mask, MASK_DIMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(key, value [BLOCK, D], columns, real [BLOCK]) of global keys from slot `start` on, of `count` in `positions`."""
+    slots = start + tl.arange(0, BLOCK)
+    real = slots < count
+    columns = tl.load(positions + slots, mask=real, other=0).to(tl.int32)
+    key_tile = key_base + tile_offsets(columns, key_stride_t, dims, key_stride_d)
+    value_tile = value_base + tile_offsets(columns, value_stride_t, dims, value_stride_d)
+    key = load_tile(key_tile, real, dim_mask, True, MASK_DIMS)
+    value = load_tile(value_tile, real, dim_mask, True, MASK_DIMS)
+    return key, value, columns, real
 
 
 @triton.jit
