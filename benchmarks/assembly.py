@@ -17,13 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from kernels.tile_table import limit_of
+
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS, REGISTER_UNIT = 65536, 8  # 32-bit registers of a multiprocessor, and what a thread's share is rounded to
 MAX_THREADS, MAX_CTAS = 2048, 32
 SHARED_SYSTEM_BYTES = 1024  # that each program takes beside its own
-# bytes of shared memory of a multiprocessor, and of those what one program may take
-SHARED_BUDGET = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
-SHARED_LIMIT = {arch: budget - SHARED_SYSTEM_BYTES for arch, budget in SHARED_BUDGET.items()}
 # an instruction of `cuobjdump -sass`: address, perhaps a predicate, name with its modifiers
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 RESOURCE = re.compile(r"\b(REG|STACK):(\d+)")
@@ -129,7 +128,7 @@ def ctas_per_multiprocessor(arch: str, *, registers: int, shared_bytes: int, num
     registers = -(-registers // REGISTER_UNIT) * REGISTER_UNIT
     return min(
         REGISTERS // (registers * 32 * num_warps),
-        SHARED_BUDGET[arch] // (shared_bytes + SHARED_SYSTEM_BYTES),
+        (limit_of(arch) + SHARED_SYSTEM_BYTES) // (shared_bytes + SHARED_SYSTEM_BYTES),
         MAX_THREADS // (32 * num_warps),
         MAX_CTAS,
     )

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import assembly
-from benchmarks.assembly import SHARED_LIMIT, ctas_per_multiprocessor
-from benchmarks.compile_cases import HELPER_KERNELS, KERNELS, WINDOW_KERNELS, Case, shipped_cases, subset
+from benchmarks.assembly import ctas_per_multiprocessor
+from benchmarks.compile_cases import HELPER_KERNELS, KERNELS, WINDOW_KERNELS, Case, all_cases, shipped_cases, subset
 from benchmarks.timing import environment, write_csv
 from kernels import tile_table
 
@@ -117,8 +117,9 @@ def judge(row: Row, allowed: tuple[int, str] = (0, "")) -> tuple[str, str]:
             notes.append(f"spills, allowed: {reason}")
         else:
             defects.append(f"spills ({traffic}; allowed: {allowed_bytes} bytes)")
-    if (row.shared_bytes or 0) > SHARED_LIMIT[row.arch]:
-        defects.append(f"{row.shared_bytes:,} bytes of shared memory, above {SHARED_LIMIT[row.arch]:,}")
+    limit = tile_table.limit_of(row.arch)
+    if (row.shared_bytes or 0) > limit:
+        defects.append(f"{row.shared_bytes:,} bytes of shared memory, above {limit:,}")
     elif not row.ctas:
         defects.append("too many registers for one program on a multiprocessor")
     if row.kernel not in HELPER_KERNELS:
@@ -130,18 +131,19 @@ def judge(row: Row, allowed: tuple[int, str] = (0, "")) -> tuple[str, str]:
 
 def _judge_products(row):
     """(notes, defects) as lists: whether matrix products are those that the architecture is built for."""
-    if row.dtype == "float32":
+    if row.dtype == "float32" and "tf32" not in row.features:
         return ["no tensor cores: float32 as IEEE has it"], []
     if not (row.hgmma or row.hmma or row.tcgen05):
         return [], ["no tensor-core instruction"]
-    if row.arch != "sm_90" or row.hgmma:
+    if row.arch != "sm_90" or not row.hmma:
         return [], []
     height = left_rows(row)
+    must = row.kernel in WINDOW_KERNELS and row.head_dim in WGMMA_HEAD_DIMS and row.dtype != "float32"
+    if must:
+        return [], [f"{row.hmma} mma beside {row.hgmma} wgmma instructions, with {height} rows"]
     if height < WGMMA_ROWS:
         return [f"mma, not wgmma: {height} rows, wgmma needs {WGMMA_ROWS}"], []
-    if row.kernel in WINDOW_KERNELS and row.head_dim in WGMMA_HEAD_DIMS:
-        return [], [f"no wgmma with {height} rows"]
-    return ["mma, not wgmma"], []
+    return ["mma, not wgmma" if not row.hgmma else "some mma beside wgmma"], []
 
 
 def left_rows(row: Row) -> int:
@@ -229,24 +231,14 @@ def record_shared_memory(rows: list[Row], path: Path = tile_table.FILE) -> None:
         if not found:
             raise ValueError(f"no row of the report uses {entry}")
         entry["shared_bytes"] = max(found)
-    lines = ",\n".join("  " + json.dumps(entry) for entry in table)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    path.write_text(tile_table.table_text(table), encoding="utf-8")
 
 
 def _entry_of(row, table):
     """The entry that `tile_table.choose` takes a row's tiles from; None for a kernel that is not in the table."""
-    same = {"kernel": row.kernel, "element_size": 4 if row.dtype == "float32" else 2}
-    same["block_d"] = tile_table.block_dim(row.head_dim)
-    for entry in table:
-        is_older = _version(entry["arch"]) <= _version(row.arch)
-        is_wide = row.num_seen <= (entry["max_seen"] or row.num_seen)
-        if is_older and is_wide and all(entry[name] == found for name, found in same.items()):
-            return entry
-    return None
-
-
-def _version(arch):
-    return int(arch.removeprefix("sm_"))
+    element_size = 4 if row.dtype == "float32" else 2
+    found = tile_table.rows_for(row.kernel, row.arch, element_size, tile_table.block_dim(row.head_dim), table)
+    return next((entry for entry in found if row.num_seen <= (entry["max_seen"] or row.num_seen)), None)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -255,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.update and (options.quick or options.only):
         parser.error("--update needs every row: it goes without --quick and --only")
-    cases = subset() if options.quick else shipped_cases()
+    cases = subset() if options.quick else all_cases() if options.all or options.update else shipped_cases()
     cases = [case for case in cases if fnmatch(case.name, f"*{options.only}*")]
     if not cases:
         print(f"error: no row is called *{options.only}*", file=sys.stderr)
@@ -295,11 +287,12 @@ def _parser() -> argparse.ArgumentParser:
         "code 1 where registers spill, shared memory does not fit, tensor cores lie idle or nothing compiles.",
     )
     parser.add_argument("--quick", action="store_true", help="a fixed subset of 20 rows, as in the tests")
+    parser.add_argument("--all", action="store_true", help="every row, where the report has the first 150")
     parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose name holds this, with * and ?")
     parser.add_argument("--workers", type=int, default=NUM_WORKERS, help=f"processes (default {NUM_WORKERS})")
     parser.add_argument("--output", type=Path, help=f"CSV (default {OUTPUT}; none with --quick or --only)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown, too")
-    parser.add_argument("--update", action="store_true", help="write shared_bytes into the tile table")
+    parser.add_argument("--update", action="store_true", help="write shared_bytes into the tile table, from every row")
     return parser
 
 

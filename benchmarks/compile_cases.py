@@ -50,6 +50,7 @@ class Case:
     has_valid: bool = False
     num_globals: int = 0
     group: int = 1  # query heads of a key head
+    tf32: bool = False  # products of float32 as tf32
 
     @property
     def features(self) -> str:
@@ -59,6 +60,7 @@ class Case:
             "valid": self.has_valid,
             f"globals {self.num_globals}": self.num_globals,
             f"group {self.group}": self.group > 1,
+            "tf32": self.tf32,
         }
         return "+".join(name for name, present in parts.items() if present) or "plain"
 
@@ -70,8 +72,13 @@ class Case:
 
     def launch(self) -> None:
         """Call the launcher with tensors that have shapes and no content; it must be kept from launching."""
-        with tile_table.target(self.arch):
-            _launcher(self)()
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        try:
+            with tile_table.target(self.arch):
+                _launcher(self)()
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def _launcher(case: Case) -> Callable[[], object]:
@@ -116,19 +123,23 @@ def _launcher(case: Case) -> Callable[[], object]:
 def all_features(case: Case) -> Case:
     """The case with everything its kernel can have at once, which takes most registers and shared memory."""
     if case.kernel in ("window_forward", "window_query_grad"):
-        return replace(case, has_valid=True, num_globals=64)
+        return replace(case, causal=True, has_valid=True, num_globals=64)
     if case.kernel == "window_key_grad":
-        return replace(case, has_valid=True, group=4)
+        return replace(case, causal=True, has_valid=True, group=4)
     causal = case.kernel != "global_table"
     return replace(case, causal=causal, has_valid=case.kernel != "global_columns", num_globals=64, group=4)
 
 
+def all_cases() -> list[Case]:
+    """Every launch worth a row, each named once, what most users run first."""
+    cases = dict.fromkeys([*subset(), *_table_cases(), *_inherited_cases(), *_variants()])
+    few = set(subset())
+    return sorted(cases, key=lambda case: (case not in few, case.head_dim < 64, case.dtype == "float32"))
+
+
 def shipped_cases() -> list[Case]:
-    """The report, at most MAX_CASES rows, each named once."""
-    cases = list(dict.fromkeys([*_table_cases(), *_inherited_cases(), *_variants()]))
-    if len(cases) > MAX_CASES:
-        raise ValueError(f"the report has {len(cases)} rows, more than {MAX_CASES}")
-    return cases
+    """The report: the first MAX_CASES of all."""
+    return all_cases()[:MAX_CASES]
 
 
 def _table_cases() -> Iterator[Case]:
@@ -155,7 +166,15 @@ def _variants() -> Iterator[Case]:
             yield Case(kernel, "sm_90", "bfloat16", head_dim)
             yield Case(kernel, "sm_80", "bfloat16", head_dim)
             yield all_features(Case(kernel, "sm_100", "bfloat16", head_dim))
+            yield all_features(Case(kernel, "sm_90", "float32", head_dim, tf32=True))
+            for arch in ("sm_80", "sm_90"):
+                yield replace(all_features(Case(kernel, arch, "bfloat16", head_dim)), causal=False)
+        for arch in ("sm_80", "sm_90"):
+            yield all_features(Case(kernel, arch, "float32", 256, tf32=True))
         yield all_features(Case(kernel, "sm_90", "bfloat16", 80))
+    for kernel in GLOBAL_KERNELS:
+        # one global token takes smaller tiles
+        yield Case(kernel, "sm_90", "bfloat16", 64, causal=True, num_globals=1)
     for kernel, head_dim in (("window_forward", 64), ("window_query_grad", 64), ("window_query_grad", 128)):
         yield Case(kernel, "sm_90", "bfloat16", head_dim, causal=True, has_valid=True, num_globals=1)
     yield all_features(Case("window_forward", "sm_90", "float16", 64))

@@ -6,7 +6,6 @@ not fit the device is passed over. Users never pay for this: without it the ship
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -80,9 +79,10 @@ def replace_rows(table: list[dict[str, Any]], found: list[dict[str, Any]]) -> li
     )
 
 
-def table_text(rows: list[dict[str, Any]]) -> str:
-    """The table as its file holds it, a row a line."""
-    return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n"
+def complete_rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows but narrow ones without their wide one, which would leave wide windows to an older architecture."""
+    wide = {(row["kernel"], row["element_size"], row["block_d"]) for row in found if row["max_seen"] is None}
+    return [row for row in found if (row["kernel"], row["element_size"], row["block_d"]) in wide]
 
 
 def make_call(kernel: str, head_dim: int, dtype: torch.dtype, window: int) -> Callable[[], object]:
@@ -106,20 +106,26 @@ def make_call(kernel: str, head_dim: int, dtype: torch.dtype, window: int) -> Ca
     return lambda: torch.autograd.grad(out, (query, key, value), weights, retain_graph=True)
 
 
-def tune(kernel: str, head_dim: int, dtype: torch.dtype, window: int, max_seen: int | None) -> dict[str, Any]:
-    """The row of the table for this GPU."""
+def timer(kernel: str, head_dim: int, dtype: torch.dtype, window: int) -> Callable[[dict[str, Any]], float]:
+    """A function from a candidate to the milliseconds of a call with it."""
     from triton.testing import do_bench
 
     call = make_call(kernel, head_dim, dtype, window)
-    element_size = torch.empty((), dtype=dtype).element_size()
 
-    def seconds(option):
-        with tile_table.trial(kernel, option):
+    def milliseconds(option):
+        # a backward pass in autograd's own thread would not see the trial
+        with tile_table.trial(kernel, option), torch.autograd.set_multithreading_enabled(False):
             call()
             median: Any = do_bench(call, warmup=5, rep=20, quantiles=[0.5])
             return median
 
-    _, option = best_of(candidates(kernel, head_dim, element_size), seconds)
+    return milliseconds
+
+
+def tune(kernel: str, head_dim: int, dtype: torch.dtype, window: int, max_seen: int | None) -> dict[str, Any]:
+    """The row of the table for this GPU."""
+    element_size = torch.empty((), dtype=dtype).element_size()
+    _, option = best_of(candidates(kernel, head_dim, element_size), timer(kernel, head_dim, dtype, window))
     arch = tile_table.architecture(torch.device("cuda", torch.cuda.current_device()))
     place = {"kernel": kernel, "arch": arch, "element_size": element_size, "block_d": head_dim, "max_seen": max_seen}
     return {**place, **option, "shared_bytes": 0}
@@ -140,22 +146,25 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: tile sizes are measured on a GPU, the shipped table stays as it is")
-    console, start, found = Console(), time.monotonic(), []
+    console, start, found, shipped = Console(), time.monotonic(), [], tile_table.rows()
     for dtype, head_dim, kernel in itertools.product(options.dtypes, options.head_dims, options.kernels):
         widths = [(NARROW, MAX_NARROW), (WIDE, None)] if kernel in WINDOWED else [(NARROW, None)]
         for window, max_seen in widths:
             if time.monotonic() - start > options.budget:
                 console.print(f"left out for lack of time: {kernel} {dtype} head dim {head_dim} max_seen {max_seen}")
                 continue
-            found.append(tune(kernel, head_dim, DTYPES[dtype], window, max_seen))
+            try:
+                found.append(tune(kernel, head_dim, DTYPES[dtype], window, max_seen))
+            except ValueError as error:
+                console.print(f"left as it is: {kernel} {dtype} head dim {head_dim} max_seen {max_seen}: {error}")
+                continue
             console.print(found[-1])
-    # a narrow row without its wide one would leave wide windows to an older architecture
-    complete = [row for row in found if row["max_seen"] is None]
-    whole = {(row["kernel"], row["element_size"], row["block_d"]) for row in complete}
-    kept = [row for row in found if (row["kernel"], row["element_size"], row["block_d"]) in whole]
-    options.output.write_text(table_text(replace_rows(tile_table.rows(), kept)), encoding="utf-8")
+            # after each row: an hour's work outlives whatever ends the next one
+            kept = complete_rows(found)
+            options.output.write_text(tile_table.table_text(replace_rows(shipped, kept)), encoding="utf-8")
     console.print(
-        f"written: {len(kept)} rows to {options.output}; `python -m benchmarks.compile --update` adds their memory"
+        f"written: {len(complete_rows(found))} rows to {options.output}; `python -m benchmarks.compile --update` adds "
+        "their memory"
     )
     return 0
 

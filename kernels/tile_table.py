@@ -65,8 +65,12 @@ def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that one program may have on a CUDA device, or on the enclosing `target`."""
     if _target.get() is None and not INTERPRETED:
         return _on_device(device)[1]
-    known = [version for version in SHARED_LIMITS if version <= _version(_target.get() or "sm_80")]
-    return SHARED_LIMITS[max(known, default=80)]
+    return limit_of(_target.get() or "sm_80")
+
+
+def limit_of(arch: str) -> int:
+    """Bytes of shared memory that one program may have on an architecture, or on the newest known one before it."""
+    return SHARED_LIMITS[max((version for version in SHARED_LIMITS if version <= _version(arch)), default=80)]
 
 
 @lru_cache
@@ -95,16 +99,18 @@ def _options(kernel, arch, element_size, head_dim, num_seen, limit):
     if arch == "interpreter":
         split = {"SPLIT": True} if kernel in WINDOW_KERNELS else {}
         return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": block_d, **split}
-    for row in _rows_for(kernel, arch, element_size, block_d):
+    for row in rows_for(kernel, arch, element_size, block_d):
         if num_seen <= (row["max_seen"] or num_seen) and (limit is None or row["shared_bytes"] <= limit):
             return {**{name: row[name] for name in OPTIONS if name in row}, "BLOCK_D": block_d}
     raise ValueError(f"no tile sizes of {kernel} for {arch}, head dim {head_dim} and {element_size}-byte elements")
 
 
-def _rows_for(kernel, arch, element_size, block_d):
-    """Rows of a kernel that an architecture can take, the one to prefer first."""
+def rows_for(
+    kernel: str, arch: str, element_size: int, block_d: int, table: list[dict[str, Any]] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows of a kernel that an architecture can take, the one to prefer first, of a table or of the shipped one."""
     place = (kernel, element_size, block_d)
-    for row in rows():
+    for row in rows() if table is None else table:
         if (row["kernel"], row["element_size"], row["block_d"]) == place and _version(row["arch"]) <= _version(arch):
             yield row
 
@@ -120,10 +126,15 @@ def rows() -> list[dict[str, Any]]:
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
+def table_text(table: list[dict[str, Any]]) -> str:
+    """A table as its file holds it, a row a line."""
+    return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in table) + "\n]\n"
+
+
 @lru_cache
 def needed_shared_memory(arch: str, element_size: int, head_dim: int, kernels: tuple[str, ...]) -> int:
     """Bytes of shared memory without which one of these kernels has no tiles, from the ahead-of-time report."""
-    found = [_rows_for(kernel, arch, element_size, block_dim(head_dim)) for kernel in kernels]
+    found = [rows_for(kernel, arch, element_size, block_dim(head_dim)) for kernel in kernels]
     least = (min((row["shared_bytes"] for row in few if not row["max_seen"]), default=0) for few in found)
     return max(least, default=0)
 

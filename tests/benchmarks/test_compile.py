@@ -10,7 +10,7 @@ from rich.console import Console
 from benchmarks import compile as report
 from benchmarks.assembly import Resources, ctas_per_multiprocessor, parse
 from benchmarks.compile import ALLOWED_SPILLS, Row, judge, markdown, record_shared_memory, show
-from benchmarks.compile_cases import HELPER_KERNELS, KERNELS, MAX_CASES, Case, shipped_cases, subset
+from benchmarks.compile_cases import HELPER_KERNELS, KERNELS, MAX_CASES, Case, all_cases, shipped_cases, subset
 from benchmarks.timing import environment
 from kernels import tile_table
 from tests.helpers import run_python
@@ -95,10 +95,12 @@ def test_programs_of_a_multiprocessor(arch, registers, shared_bytes, num_warps, 
         ({"ctas": 0}, "too many registers"),
         ({"hgmma": 0}, "no tensor-core instruction"),
         ({"hgmma": 0, "dtype": "float16", "arch": "sm_80"}, "no tensor-core instruction"),
-        ({"hgmma": 0, "hmma": 64}, "no wgmma with 128 rows"),
+        ({"hgmma": 0, "hmma": 64}, "64 mma beside 0 wgmma instructions, with 128 rows"),
+        ({"hgmma": 1, "hmma": 60}, "60 mma beside 1 wgmma"),
+        ({"hgmma": 0, "hmma": 64, "block_m": 32}, "64 mma beside 0 wgmma instructions, with 32 rows"),
         (
             {"hgmma": 0, "hmma": 64, "kernel": "window_key_grad", "head_dim": 128, "block_m": 32},
-            "no wgmma with 64 rows",
+            "64 mma beside 0 wgmma instructions, with 64 rows",
         ),
     ],
 )
@@ -111,9 +113,11 @@ def test_each_defect_is_named(changes, words):
     "changes, note",
     [
         ({}, ""),
-        ({"hgmma": 0, "hmma": 64, "block_m": 32}, "mma, not wgmma: 32 rows, wgmma needs 64"),
+        ({"hgmma": 0, "hmma": 64, "block_m": 32, "head_dim": 256}, "mma, not wgmma: 32 rows, wgmma needs 64"),
+        ({"hgmma": 8, "hmma": 64, "head_dim": 256}, "some mma beside wgmma"),
+        ({"hgmma": 8, "dtype": "float32", "features": "tf32"}, ""),
         (
-            {"hgmma": 0, "hmma": 64, "kernel": "window_key_grad", "block_n": 32},
+            {"hgmma": 0, "hmma": 64, "kernel": "window_key_grad", "block_n": 32, "head_dim": 256},
             "mma, not wgmma: 32 rows, wgmma needs 64",
         ),
         ({"hgmma": 0, "dtype": "float32"}, "no tensor cores: float32 as IEEE has it"),
@@ -134,7 +138,7 @@ def test_an_allowed_spill_holds_up_to_its_bytes():
 
 def test_allowed_spills_are_where_the_issue_lets_them_be():
     entries = json.loads(ALLOWED_SPILLS.read_text(encoding="utf-8"))
-    rows = {(case.kernel, case.arch, case.dtype, case.head_dim) for case in shipped_cases()}
+    rows = {(case.kernel, case.arch, case.dtype, case.head_dim) for case in all_cases()}
     for entry in entries:
         assert (entry["kernel"], entry["arch"], entry["dtype"], entry["head_dim"]) in rows, "no row needs it"
         assert entry["arch"] != "sm_90"
@@ -143,12 +147,23 @@ def test_allowed_spills_are_where_the_issue_lets_them_be():
 
 
 def test_report_covers_the_tile_table():
-    cases = shipped_cases()
-    assert len(cases) <= MAX_CASES <= 150 and len({case.name for case in cases}) == len(cases)
-    compiled = {(case.kernel, case.arch, case.head_dim, case.dtype == "float32") for case in cases}
+    """All rows do; the report by default holds at least those of half precision that fill a tile."""
+    cases, everything = shipped_cases(), all_cases()
+    assert len(cases) <= MAX_CASES <= 150 and set(cases) <= set(everything)
+    assert len({case.name for case in everything}) == len(everything)
+    compiled, more = (
+        {(c.kernel, c.arch, c.head_dim, c.dtype == "float32") for c in each} for each in (cases, everything)
+    )
     for row in tile_table.rows():
-        assert (row["kernel"], row["arch"], row["block_d"], row["element_size"] == 4) in compiled
+        place = (row["kernel"], row["arch"], row["block_d"], row["element_size"] == 4)
+        assert place in more and (place in compiled or row["block_d"] < 64 or row["element_size"] == 4)
     assert {case.kernel for case in cases} == set(KERNELS)
+
+
+def test_tuned_rows_make_the_report_no_longer(monkeypatch):
+    tuned = [{**row, "arch": "sm_120"} for row in tile_table.rows()]
+    monkeypatch.setattr(tile_table, "rows", lambda: tuned + json.loads(tile_table.FILE.read_text()))
+    assert len(shipped_cases()) == MAX_CASES < len(all_cases())
 
 
 def test_subset_is_twenty_rows_of_every_kernel_with_tiles():
