@@ -26,6 +26,8 @@ TRANSFORMERS_PLACES = {"models/hf.py", "benchmarks/peers.py"}
 TRITON_PLACES = (
     "kernels/launch.py",
     "kernels/tiles.py",
+    "kernels/block_sparse_attention/",
+    "kernels/nystrom_attention/",
     "kernels/window_attention/",
     "benchmarks/assembly.py",
     "tests/kernels/test_triton_",
