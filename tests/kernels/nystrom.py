@@ -1,0 +1,62 @@
+"""What the tests of Nyström attention share: inputs with the taps of a convolution, and every case of one table."""
+
+import torch
+
+from kernels.nystrom_attention import nystrom_attention
+from tests.kernels.window import assert_same, make_inputs, make_valid, run
+
+# length, landmarks, heads, head dim, taps (0: no convolution), mask, compat
+CASES = {
+    "one_token": (1, 1, 1, 4, 3, "none", None),
+    "one_landmark": (19, 1, 1, 4, 0, "none", None),
+    "divided": (24, 4, 2, 8, 5, "none", None),
+    "not_divided": (23, 4, 2, 20, 5, "none", None),
+    "all_but_one": (18, 17, 1, 4, 3, "none", None),
+    "as_many_as_tokens": (16, 16, 2, 4, 3, "tail", None),
+    "more_than_tokens": (9, 33, 1, 8, 65, "holes", None),
+    "tail": (37, 5, 2, 16, 9, "tail", None),
+    "holes": (37, 16, 1, 8, 5, "holes", None),
+    "isolated": (70, 9, 1, 4, 33, "isolated", None),
+    "some_exact": (40, 30, 2, 4, 5, "tail", None),
+    "one_all_masked": (21, 4, 1, 8, 3, "one_all_masked", None),
+    "many_landmarks": (75, 33, 1, 4, 1, "tail", None),
+    "hf": (24, 4, 2, 8, 5, "tail", "hf"),
+    "hf_exact": (12, 12, 1, 8, 5, "tail", "hf"),
+    "original": (24, 4, 2, 8, 5, "holes", "original"),
+    "original_all_masked": (24, 12, 1, 4, 5, "one_all_masked", "original"),
+}
+
+
+def with_taps(inputs: dict[str, torch.Tensor], num_taps: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs of `make_inputs` and a filter of `num_taps` for each head, none for 0."""
+    if not num_taps:
+        return inputs
+    query = inputs["query"]
+    taps = torch.randn(query.shape[2], num_taps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return {**inputs, "conv_weight": taps.to(query.dtype).requires_grad_()}
+
+
+def inputs_and_options(case: str, dtype: torch.dtype = torch.float64) -> tuple[dict, dict]:
+    """(tensors with a gradient, other arguments) of a row of CASES."""
+    seq_len, num_landmarks, num_heads, head_dim, num_taps, mask, compat = CASES[case]
+    inputs = make_inputs(seq_len, num_heads=num_heads, head_dim=head_dim, dtype=dtype)
+    options = {"num_landmarks": num_landmarks, "valid": make_valid(mask, 2, seq_len), "compat": compat}
+    return with_taps(inputs, num_taps), options
+
+
+def results(inputs: dict, options: dict, impl: str) -> dict[str, torch.Tensor]:
+    """Result and all gradients by one path."""
+    return run(inputs, nystrom_attention, **options, impl=impl)
+
+
+def of_squares(inputs: dict, options: dict, impl: str) -> dict[str, torch.Tensor]:
+    """Result and the gradients of the sum of its squares, to which rows of zeros add nothing."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    out = nystrom_attention(**leaves, **options, impl=impl)
+    out.square().sum().backward()
+    return {"out": out.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def assert_is_the_oracle(inputs: dict, options: dict, impl: str, tolerance: float = 1e-12) -> None:
+    """Values and all gradients of a path are those of the reference."""
+    assert_same(results(inputs, options, impl), results(inputs, options, "reference"), tolerance)
