@@ -1,4 +1,4 @@
-"""Which keys a query sees under an experiment's attention, as a picture and as exact numbers.
+"""Which keys a query sees under an experiment's attention or a named pattern, as a picture and as exact numbers.
 
     python -m reports.pattern experiment=enwik8_small
     python -m reports.pattern experiment=enwik8_small phase=0 seq_len=512 output=first.png
@@ -9,6 +9,23 @@ Takes the overrides of train.py, or `run_dir=DIR` for the settings of a run. `ph
 of the schedule, by default the last; `seq_len=N` is the row that is drawn and counted, by default the length
 of that phase; `output=FILE.png|.svg` is where the picture goes, by default `pattern.png` in the current folder or
 under `plots/` of the run; `--json` prints the numbers alone.
+
+A pattern without an experiment, a colour for each of its parts:
+
+    python -m reports.pattern pattern=window window=8 dilation=[1,2] global=[0,20] seq_len=64
+    python -m reports.pattern pattern=bigbird seq_len=1024 block_size=64 num_heads=4 compat=hf_train head=1
+    python -m reports.pattern pattern=mask file=mask.npy block_size=64 output=mask.svg
+
+    full      seq_len causal
+    window    window dilation global causal num_heads seq_len   a number or one a head; global=[positions]
+    bigbird   seq_len block_size num_heads num_random_blocks seed compat=tf|hf_train|hf_eval
+              max_position_embeddings global_blocks=ends|front full_when_short head
+    etc       seq_len block_size num_heads num_global_blocks
+    uniform   seq_len block_size num_heads num_random_blocks seed window front back head
+    mask      file=FILE.npy|.csv (blocks x blocks or heads x blocks x blocks, true or how often) block_size seq_len head
+    nystrom   seq_len num_landmarks
+
+`seq_len` and `block_size` are in tokens, `window`, `front` and `back` of uniform in blocks; `head=i` is the one drawn.
 """
 
 from __future__ import annotations
@@ -22,6 +39,7 @@ from typing import Any
 from reports.console import console, take_option
 from reports.errors import ReportError
 from reports.pattern_numbers import Pattern, index_label, layer_runs, pattern_numbers, receptive_field
+from reports.pattern_options import whole_number
 
 __all__ = ["main", "patterns_by_phase", "pattern_numbers", "print_numbers", "receptive_field"]
 
@@ -83,14 +101,6 @@ def _values(values: Sequence[int]) -> str:
     return ", ".join(f"{value:,} ({index_label('head', group)})" for value, group in heads.items())
 
 
-def _positive(text: str | None, name: str, low: int, high: int, default: int) -> int:
-    if text is None:
-        return default
-    if not text.lstrip("-").isdecimal() or not low <= int(text) <= high:
-        raise ReportError(f"{name}={text}: expected a whole number from {low:,} to {high:,}")
-    return int(text)
-
-
 def _choose(arguments: list[str], run_dir: str | None) -> Any:
     if run_dir is None:
         from configs.compose import compose_config
@@ -114,20 +124,24 @@ def main(arguments: Sequence[str]) -> None:
         return
     as_json = "--json" in arguments
     arguments = [argument for argument in arguments if argument != "--json"]
+    kind = take_option(arguments, "pattern")
+    if kind is not None:
+        _named(kind, arguments, as_json)
+        return
     options = {name: take_option(arguments, name) for name in ("run_dir", "output", "seq_len", "phase")}
-    output = Path(options["output"] or _default_output(options["run_dir"]))
-    if output.suffix.lower() not in (".png", ".svg"):
-        raise ReportError(f"output={output}: the picture is a .png or an .svg file")
+    output = _picture(options["output"] or _default_output(options["run_dir"]))
     config = _choose(arguments, options["run_dir"])
     from configs.phases import effective_phases
 
     phases = patterns_by_phase(config)
     if not phases or not phases[-1]:
         raise ReportError("this model has no window attention, there is no pattern to show")
-    phase = _positive(options["phase"], "phase", 0, len(phases) - 1, len(phases) - 1)
+    last = len(phases) - 1
+    phase = last if options["phase"] is None else whole_number(options["phase"], "phase", 0, last)
     patterns = phases[phase]
-    default_length = min(effective_phases(config)[phase].seq_len, MAX_SEQ_LEN)
-    seq_len = _positive(options["seq_len"], "seq_len", 1, MAX_SEQ_LEN, default_length)
+    seq_len = min(effective_phases(config)[phase].seq_len, MAX_SEQ_LEN)
+    if options["seq_len"] is not None:
+        seq_len = whole_number(options["seq_len"], "seq_len", 1, MAX_SEQ_LEN)
     numbers = {"phase": phase, "num_phases": len(phases), **pattern_numbers(patterns, seq_len)}
     if as_json and options["output"] is None:
         print(json.dumps(numbers))
@@ -142,6 +156,32 @@ def main(arguments: Sequence[str]) -> None:
         return
     print_numbers(numbers, patterns)
     print(f"picture: {output}")
+
+
+def _named(kind: str, arguments: list[str], as_json: bool) -> None:
+    from reports.pattern_named import drawing
+
+    given = take_option(arguments, "output")
+    output = _picture(given or "pattern.png")
+    named = drawing(kind, arguments)
+    if as_json and given is None:
+        print(json.dumps({"pattern": kind, **named.numbers}))
+        return
+    from reports.style import save_figure
+
+    save_figure(named.draw(), output)
+    if as_json:
+        print(json.dumps({"pattern": kind, **named.numbers, "picture": str(output)}))
+        return
+    named.show()
+    print(f"picture: {output}")
+
+
+def _picture(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise ReportError(f"output={path}: the picture is a .png or an .svg file")
+    return path
 
 
 def _default_output(run_dir: str | None) -> Path:
