@@ -1,26 +1,25 @@
-"""What is measured: sizes, our side of the comparison, random inputs, and calls without arguments."""
+"""What is measured: sizes, names of contenders, random inputs, and calls without arguments."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks import peers
 from kernels.window_attention import global_positions, global_rows_attention, window_attention
 
 FORWARD, BOTH = "forward", "forward+backward"
 OURS, LONGFORMER, DENSE, FLEX = "ours", "transformers Longformer", "dense SDPA", "compiled FlexAttention"
+BIGBIRD = "transformers BigBird"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one case; `window` counts the keys on each side."""
+    """Sizes of one case of the CPU benchmark; each mechanism adds its own, which are columns of `timing.Row`."""
 
     batch: int = 1
     seq_len: int = 4096
     num_heads: int = 12
     head_dim: int = 64
-    window: int = 256
     dtype: str = "float32"
     device: str = "cpu"
 
@@ -28,21 +27,6 @@ class Shape:
     def dim(self) -> int:
         """Width of the model the heads belong to."""
         return self.num_heads * self.head_dim
-
-
-class WindowSelfAttention(torch.nn.Module):
-    """Query, key and value projections around the window kernel: LongformerSelfAttention's local part."""
-
-    def __init__(self, shape: Shape):
-        super().__init__()
-        self.shape = shape
-        self.query, self.key, self.value = (torch.nn.Linear(shape.dim, shape.dim) for _ in range(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, dim] -> [B, T, dim]."""
-        heads = (self.shape.num_heads, self.shape.head_dim)
-        query, key, value = (project(x).unflatten(-1, heads) for project in (self.query, self.key, self.value))
-        return window_attention(query, key, value, window=self.shape.window).flatten(2)
 
 
 class LongformerSelfAttention(torch.nn.Module):
@@ -70,18 +54,6 @@ class LongformerSelfAttention(torch.nn.Module):
         return out.scatter(1, places, rows.flatten(2))
 
 
-def make_module(contender: str, shape: Shape) -> torch.nn.Module:
-    """Either side of the module table, with the same seeded weights."""
-    torch.manual_seed(0)
-    ours = WindowSelfAttention(shape)
-    module: torch.nn.Module = ours
-    if contender == LONGFORMER:
-        module = theirs = peers.longformer_self_attention(shape.dim, shape.num_heads, shape.window)
-        # not strict: the projections of global tokens have no counterpart here, and stay unused
-        theirs.attention.load_state_dict(ours.state_dict(), strict=False)
-    return module.to(shape.device, getattr(torch, shape.dtype))
-
-
 def random_tensors(count: int, sizes: Iterable[int], shape: Shape, *, requires_grad: bool) -> list[torch.Tensor]:
     """Seeded normal tensors: zeros would be faster than anything real."""
     generator = torch.Generator().manual_seed(1)
@@ -105,13 +77,3 @@ def make_call(
     wanted = [*inputs, *parameters]
     gradient = torch.randn_like(inputs[0]) if gradient is None else gradient
     return lambda: torch.autograd.grad(function(*inputs), wanted, gradient)
-
-
-def make_module_call(contender: str, passes: str, shape: dict) -> Callable:
-    """One side of the module table as a call without arguments."""
-    sizes = Shape(**shape)
-    module = make_module(contender, sizes)
-    inputs = random_tensors(1, (sizes.batch, sizes.seq_len, sizes.dim), sizes, requires_grad=passes == BOTH)
-    # the peer's projections for global tokens get no gradient here
-    parameters = [value for name, value in module.named_parameters() if "_global" not in name]
-    return make_call(module, inputs, passes, parameters)

@@ -3,15 +3,19 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from benchmarks.agreement import in_a_line
-from benchmarks.gpu_cases import FLEX_BLOCK, Case
+from benchmarks.gpu_case import FLEX_BLOCK
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_window import WindowCase
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Maker = Callable[[int, dict], Attention]  # from the block size of a mask and kernel options
 MASK_ELEMENTS = 2**27  # of the mask, held at a time while its blocks are counted
 SAFE = {"ROWS_GUARANTEED_SAFE": True, "PRESCALE_QK": True}  # every row sees itself
 # (block size of the mask, options): the default's neighbours, and smaller tiles where a window wastes less of them
@@ -26,7 +30,7 @@ FORWARD_OPTIONS = (
 BACKWARD_TILES = (None, (64, 64, 64, 64, 4, 3), (32, 64, 64, 32, 4, 3), (32, 128, 128, 32, 4, 3))
 
 
-def mask_mod(case: Case, device: str) -> Callable:
+def mask_mod(case: "WindowCase", device: str) -> Callable:
     """(batch, head, row, key) -> seen, in tensor operations: the case's window and its global keys."""
     window, dilation, causal = case.window, case.dilation, case.causal
     is_global = None
@@ -64,22 +68,22 @@ def block_mask(seen: Callable, seq_len: int, device: str, block_size: int = FLEX
     full = count == block_size**2
     partial = (count > 0) & ~full
     return BlockMask.from_kv_blocks(
-        *_listed(partial), *_listed(full), BLOCK_SIZE=block_size, mask_mod=seen, seq_lengths=(seq_len, seq_len)
+        *listed(partial), *listed(full), BLOCK_SIZE=block_size, mask_mod=seen, seq_lengths=(seq_len, seq_len)
     )
 
 
-def _listed(chosen):
+def listed(chosen):
     """How many blocks of each row are chosen, and their numbers in rising order before the others'."""
     numbers = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1).to(torch.int32), numbers.to(torch.int32).contiguous()
 
 
-def attention(mask, *, grouped: bool = False, options: Mapping | None = None) -> Attention:
-    """FlexAttention compiled for the sizes it meets, in our layout; `mask` a BlockMask or None."""
+def attention(mask, *, grouped: bool = False, options: Mapping | None = None, mode: str | None = None) -> Attention:
+    """FlexAttention compiled for the sizes it meets; `mask` a BlockMask or None, `mode` that of torch.compile."""
     from torch.nn.attention.flex_attention import flex_attention
 
     # one call in the graph, and no way out of it: uncompiled it would make every score
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True, mode=mode)
     chosen: Any = dict(options) if options else None  # their type for it is closed, and grows by the version
 
     def attend(query, key, value):
@@ -90,10 +94,21 @@ def attention(mask, *, grouped: bool = False, options: Mapping | None = None) ->
     return attend
 
 
-def of_case(case: Case, device: str, block_size: int = FLEX_BLOCK, options: Mapping | None = None) -> Attention:
-    """The window of a case with its global keys, at the defaults or with kernel options."""
-    mask = block_mask(mask_mod(case, device), case.seq_len, device, block_size)
-    return attention(mask, grouped=case.num_heads != case.num_kv_heads, options=options)
+def of_case(case: "WindowCase", device: str) -> Attention:
+    """The window of a case with its global keys, at the defaults."""
+    return maker(case, device)(FLEX_BLOCK, {})
+
+
+def maker(case: "WindowCase", device: str) -> Maker:
+    """The same from a block size of the mask and kernel options; a mask is made once."""
+    seen, masks, grouped = mask_mod(case, device), {}, case.num_heads != case.num_kv_heads
+
+    def make(block_size, options):
+        if block_size not in masks:
+            masks[block_size] = block_mask(seen, case.seq_len, device, block_size)
+        return attention(masks[block_size], grouped=grouped, options=options)
+
+    return make
 
 
 @dataclass(frozen=True)
@@ -110,28 +125,26 @@ class Candidate:
 
 
 def search(
-    case: Case,
     candidates: Iterable[tuple[int, dict]],
+    make: Maker,
     *,
     make_timed_call: Callable[[Attention], Callable],
     agrees: Callable[[Attention], bool],
     clock: Callable[[Mapping], Mapping],
-    device: str,
     out_of_time: Callable[[], bool],
 ) -> list[Candidate]:
     """The candidates (block size of the mask, kernel options) that run and agree, the fastest first.
 
-    `make_timed_call(attention)` gives what `clock` times. Options that do not compile, do not fit or give other results
-    are passed over; `out_of_time()` is asked before each candidate but the first. RuntimeError where none is left.
+    `make` makes the attention of a candidate, `make_timed_call(attention)` what `clock` times. Options that do not
+    compile, do not fit or give other results are passed over; `out_of_time()` is asked before each candidate but the
+    first. RuntimeError where none is left.
     """
-    seen, masks, found, reason = mask_mod(case, device), {}, [], "no time"
+    found, reason = [], "no time"
     for index, (block_size, options) in enumerate(candidates):
         if index and out_of_time():
             break
         try:
-            if block_size not in masks:
-                masks[block_size] = block_mask(seen, case.seq_len, device, block_size)
-            attend = attention(masks[block_size], grouped=case.num_heads != case.num_kv_heads, options=options)
+            attend = make(block_size, options)
             if not agrees(attend):
                 reason = f"another result with {_words(block_size, options)}"
                 continue

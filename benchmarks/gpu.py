@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -13,14 +13,21 @@ from rich.markup import escape
 from benchmarks import flex
 from benchmarks.agreement import Disagreement, in_a_line
 from benchmarks.cases import BOTH, FORWARD, OURS
-from benchmarks.gpu_cases import MODULE, Case, quick
-from benchmarks.gpu_problem import Problem
+from benchmarks.gpu_block_sparse import BlockCase, BlockProblem
+from benchmarks.gpu_case import MODULE, Case
+from benchmarks.gpu_nystrom import NystromCase, NystromProblem
 from benchmarks.gpu_report import show
+from benchmarks.gpu_window import WindowCase, WindowProblem
 from benchmarks.memory import peak_on_gpu
 from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.timing import Row, environment, interleave_on_gpu, synchronize, write_csv
 
 SEARCH_ROUNDS = 3
+PROBLEMS: dict[type[Case], Callable] = {
+    WindowCase: WindowProblem,
+    BlockCase: BlockProblem,
+    NystromCase: NystromProblem,
+}
 QUICK_SIZES = {"size": 1024, "copy_bytes": 2**26}
 
 
@@ -49,7 +56,7 @@ def measure(case: Case, session: Session) -> list[Row]:
     """Both passes of every contender of a case. One that fails becomes a row with a note; nothing is raised for it."""
     flex.forget_compiled()
     try:
-        problem = Problem(case, session.device)
+        problem = PROBLEMS[type(case)](case, session.device)
     except torch.OutOfMemoryError:
         return [_row(case, OURS, passes, session.device, note="no memory for the inputs") for passes in (FORWARD, BOTH)]
     return [row for passes in (FORWARD, BOTH) for row in _measure_passes(problem, passes, session)]
@@ -77,7 +84,7 @@ def _prepare(problem, name, row, session):
             name, row.passes, lambda calls: session.clock(calls, SEARCH_ROUNDS), session.out_of_time
         )
         start = time.perf_counter()
-        call = problem.call(function, row.passes)
+        call = problem.call(name, function, row.passes)
         result = call()
         synchronize(session.device)
         row.setup_s = problem.made_in(name) + time.perf_counter() - start
@@ -101,8 +108,8 @@ def _prepare(problem, name, row, session):
 
 def _enter_memory(row, problem, extra):
     row.extra_memory_bytes = extra
-    row.needed_bytes = problem.case.work.needed_bytes.get(row.passes)
-    if row.needed_bytes is not None:
+    row.needed_bytes = problem.case.as_computed_by(row.contender).work.needed_bytes.get(row.passes)
+    if row.needed_bytes is not None and row.seq_len == problem.case.seq_len:
         held = problem.held_bytes + (problem.gradient.nbytes if row.passes == BOTH else 0)
         row.memory_over_needed = (extra + held) / row.needed_bytes
 
@@ -135,8 +142,9 @@ def _enter_rates(row, computed, ceilings):
 
 
 def _row(case, contender, passes, device, **entries):
-    names = ("batch", "seq_len", "num_heads", "head_dim", "window", "dtype", "num_kv_heads", "dilation", "causal")
-    sizes = {name: getattr(case.as_computed_by(contender), name) for name in (*names, "num_globals")}
+    computed, columns = case.as_computed_by(contender), {column.name for column in fields(Row)}
+    sizes = {"window": None}  # the one column without a default that not every mechanism has
+    sizes |= {size.name: getattr(computed, size.name) for size in fields(computed) if size.name in columns}
     return Row(case.kind, contender, passes, device=device, case=case.name, **sizes, **entries)
 
 
@@ -157,7 +165,7 @@ def run(
 ) -> int:
     """Measure the cases, the CSV written anew after each, and print tables and targets; 1 where results disagree."""
     if is_quick:
-        cases = [quick(case) for case in cases]
+        cases = [case.quick() for case in cases]
     device, dtypes = "cuda", sorted({case.dtype for case in cases})
 
     def clock(calls, rounds):

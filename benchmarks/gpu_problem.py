@@ -1,32 +1,20 @@
 """A case made concrete: its inputs, its contenders as functions of them, and what their results must be."""
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from benchmarks import flex, peers
+from benchmarks import flex
 from benchmarks.agreement import TOLERANCE, Disagreement, check, relative_error
-from benchmarks.cases import BOTH, DENSE, FLEX, FORWARD, LONGFORMER, OURS, LongformerSelfAttention, make_call
-from benchmarks.gpu_cases import (
-    FLASH,
-    FLASH_PACKAGE,
-    FLEX_BEST,
-    FLEX_SERIAL,
-    MODULE,
-    ROWS,
-    UNDILATED,
-    WITHOUT_GLOBALS,
-    Case,
-)
-from kernels.window_attention import global_rows_attention, window_attention
+from benchmarks.cases import BOTH, FORWARD, OURS, make_call
+from benchmarks.gpu_case import FLEX_BEST, FLEX_BLOCK, MODULE, Case
 
 SLICE = 32  # rows of each part that is compared with the float64 reference
 
 
 class Problem:
-    """Random inputs of a case on a device, seeded; ours is run before its peers."""
+    """Random inputs of a case on a device, seeded; ours runs before its peers. Each mechanism has its own class."""
 
     def __init__(self, case: Case, device: str):
         self.case, self.device = case, device
@@ -38,21 +26,35 @@ class Problem:
             tensor = torch.randn(*sizes, device=device, generator=generator, dtype=torch.float32)
             return tensor.to(self.dtype)
 
-        batch, seq_len = case.batch, case.seq_len
-        self.index = case.global_index(device)
         # by name on a GPU: what is timed there is never another path
         self.impl = "auto" if device == "cpu" else "triton"
+        batch, seq_len = case.batch, case.seq_len
         if case.kind == MODULE:
             self.inputs = [normal(batch, seq_len, case.dim)]
         else:
-            rows = case.num_globals if case.kind == ROWS else seq_len
-            self.inputs = [normal(batch, rows, case.num_heads, case.head_dim)]
+            self.inputs = [normal(batch, case.num_rows, case.num_heads, case.head_dim)]
             self.inputs += [normal(batch, seq_len, case.num_kv_heads, case.head_dim) for _ in range(2)]
         self.gradient = normal(*self.inputs[0].shape)
         self.expected: dict[str, list[torch.Tensor]] = {}
         self._truth: tuple | None = None
         self._made: dict[str, tuple[Callable, float]] = {}
         self._forward_options: dict = {}
+
+    def _attention(self, name: str) -> Callable:
+        """A contender as a function of query, key and value."""
+        raise NotImplementedError
+
+    def _module(self, name: str) -> Callable:
+        """A contender of a module case as a function of x, all with one set of seeded weights."""
+        raise NotImplementedError
+
+    def _flex_maker(self) -> flex.Maker:
+        """FlexAttention of the case from the block size of its mask and kernel options."""
+        raise NotImplementedError
+
+    def _reference(self, query, key, value, first: int, last: int) -> torch.Tensor:
+        """Rows first..last of the result, by the plainest formula; inputs in float64, all of them."""
+        raise NotImplementedError
 
     @property
     def held_bytes(self) -> int:
@@ -82,70 +84,43 @@ class Problem:
         """Seconds that masks, parameters or the search for options took, before the first call."""
         return self._made[name][1]
 
-    def _attention(self, name):
-        case, grouped = self.case.as_computed_by(name), self.case.num_heads != self.case.num_kv_heads
-        if name == DENSE:
-            return peers.dense_flash(case.causal, grouped, self.dtype)
-        if name == FLASH:
-            sizes = (case.batch, case.seq_len, case.window, case.causal)
-            return peers.flash_varlen(*sizes, grouped, self.device)
-        if name == FLASH_PACKAGE:
-            return peers.flash_package(case.window, case.causal)
-        if name in (FLEX, FLEX_SERIAL) and case.kind == ROWS:
-            return flex.attention(None, options={"FORCE_USE_FLEX_ATTENTION": True} if name == FLEX_SERIAL else None)
-        if name == FLEX:
-            return flex.of_case(case, self.device)
-        if name not in (OURS, UNDILATED, WITHOUT_GLOBALS):
-            raise ValueError(f"{name} is no contender of {case.kind}")
-        if case.kind == ROWS:
-            return partial(global_rows_attention, global_index=self.index, impl=self.impl)
-        index = self.index if case.num_globals else None
-        options = {"window": case.window, "dilation": case.dilation, "causal": case.causal}
-        return partial(window_attention, **options, global_index=index, impl=self.impl)
-
-    def _module(self, name):
-        """Either self-attention module with one set of seeded weights, as a function of x."""
-        case = self.case
-        torch.manual_seed(0)
-        ours = LongformerSelfAttention(case.dim, case.num_heads, case.window, case.num_globals, impl=self.impl)
-        module: torch.nn.Module = ours
-        if name == LONGFORMER:
-            module = theirs = peers.longformer_with_globals(case.dim, case.num_heads, case.window)
-            theirs.attention.load_state_dict(ours.state_dict())
-        is_global = torch.zeros(case.batch, case.seq_len, dtype=torch.bool, device=self.device)
-        is_global[:, case.global_positions] = True
-        return partial(module.to(self.device, self.dtype), is_global=is_global)
+    def _candidates(self, passes: str) -> Iterable[tuple[int, dict]]:
+        """(block size of the mask, kernel options) among which FlexAttention's best are looked for."""
+        return flex.FORWARD_OPTIONS if passes == FORWARD else flex.backward_candidates(self._forward_options)
 
     def _search(self, passes, clock, out_of_time):
-        candidates = flex.FORWARD_OPTIONS
-        if passes == BOTH:
-            candidates = flex.backward_candidates(self._forward_options)
+        candidates = self._candidates(passes)
 
         def agrees(attend):
             try:
-                check(FLEX_BEST, _listed(self.call(attend, passes)()), self.expected[passes], self.tolerance[passes])
+                results = _listed(self.call(FLEX_BEST, attend, passes)())
+                check(FLEX_BEST, results, self.expected[passes], self.tolerance[passes])
             except Disagreement:
                 return False
             return True
 
         found = flex.search(
-            self.case,
             candidates,
-            make_timed_call=lambda attend: self.call(attend, passes),
+            self._flex_maker(),
+            make_timed_call=lambda attend: self.call(FLEX_BEST, attend, passes),
             agrees=agrees,
             clock=clock,
-            device=self.device,
             out_of_time=out_of_time,
         )
         if passes == FORWARD:  # backward needs the mask's default blocks
-            wide = (one.options for one in found if one.block_size == flex.FLEX_BLOCK)
+            wide = (one.options for one in found if one.block_size == FLEX_BLOCK)
             self._forward_options = next(wide, {})
         return found[0]
 
-    def call(self, function: Callable, passes: str, gradient: torch.Tensor | None = None) -> Callable:
-        """The call to time: its result is the output (forward), or the gradients of inputs and parameters."""
+    def call(self, name: str, function: Callable, passes: str, gradient: torch.Tensor | None = None) -> Callable:
+        """The call to time: its result is the output (forward), or the gradients of inputs and parameters.
+
+        A contender that is timed at another length gets the first rows of the inputs.
+        """
+        length = self.case.as_computed_by(name).seq_len
         gradient = self.gradient if gradient is None else gradient
-        inputs = [tensor.detach().requires_grad_(passes == BOTH) for tensor in self.inputs]
+        *tensors, gradient = (tensor[:, :length].contiguous() for tensor in (*self.inputs, gradient))
+        inputs = [tensor.detach().requires_grad_(passes == BOTH) for tensor in tensors]
         return make_call(function, inputs, passes, _parameters(function), gradient)
 
     def check(self, name: str, function: Callable, passes: str, result) -> tuple[float | None, float | None]:
@@ -168,7 +143,7 @@ class Problem:
         if passes == FORWARD:
             found = [result[:, rows]]
         else:
-            query, key, value = self.call(function, passes, self._gradient_at(rows))()
+            query, key, value = self.call(name, function, passes, self._gradient_at(rows))()
             found = [query[:, rows], key, value]
         errors = [relative_error(mine, exact) for mine, exact in zip(found, truth[passes], strict=True)]
         worst = max(errors)
@@ -198,15 +173,6 @@ class Problem:
             by_query = [gradients[0][:, rows], *gradients[1:]]
             self._truth = rows, {FORWARD: [torch.cat(out, dim=1)], BOTH: by_query}
         return self._truth
-
-    def _reference(self, query, key, value, first, last):
-        case, query = self.case, query[:, first:last]
-        if case.kind == ROWS:
-            index = self.index[:, first:last]
-            return global_rows_attention(query, key, value, global_index=index, impl="reference")
-        options = {"window": case.window, "dilation": case.dilation, "causal": case.causal}
-        index = self.index if case.num_globals else None
-        return window_attention(query, key, value, **options, global_index=index, query_start=first, impl="reference")
 
     def _gradient_at(self, rows):
         alone = torch.zeros_like(self.gradient)

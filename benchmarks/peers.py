@@ -75,6 +75,55 @@ class WithGlobals(torch.nn.Module):
         )[0]
 
 
+def bigbird_self_attention(
+    dim: int, num_heads: int, batch: int, seq_len: int, block_size: int, num_random_blocks: int
+) -> "SparseOnly":
+    """Hugging Face's BigBirdBlockSparseAttention as it trains, in layer 0: [B, T, dim] -> [B, T, dim].
+
+    In eval() it would compute another function. T must be a multiple of `block_size`.
+    """
+    from transformers import BigBirdConfig
+    from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
+
+    config = BigBirdConfig(
+        hidden_size=dim,
+        num_attention_heads=num_heads,
+        block_size=block_size,
+        num_random_blocks=num_random_blocks,
+        max_position_embeddings=max(seq_len, 4096),
+    )
+    masks = BigBirdModel.create_masks_for_block_sparse_attn(torch.ones(batch, seq_len), block_size)
+    return SparseOnly(BigBirdBlockSparseAttention(config, seed=0).train(), *masks)
+
+
+class SparseOnly(torch.nn.Module):
+    """The arguments BigBirdModel would pass for texts without padding; it makes the masks once for all layers."""
+
+    def __init__(self, attention: torch.nn.Module, blocked_mask, band_mask, from_mask, to_mask):
+        super().__init__()
+        self.attention: torch.nn.Module = attention
+        for name, mask in (("blocked", blocked_mask), ("band", band_mask), ("rows", from_mask), ("keys", to_mask)):
+            self.register_buffer(name, mask)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
+        out, _ = self.attention(
+            x,
+            band_mask=self.band,
+            from_mask=self.rows,
+            to_mask=self.keys,
+            from_blocked_mask=self.blocked,
+            to_blocked_mask=self.blocked,
+        )
+        return out
+
+
+def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention to every key, by the backend that PyTorch takes."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
 def dense_flash(causal: bool, grouped: bool, dtype: torch.dtype) -> Attention:
     """Attention to every key (with `causal` to the earlier ones): flash, or in float32 the memory-efficient kernel."""
     from torch.nn.attention import SDPBackend, sdpa_kernel

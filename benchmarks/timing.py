@@ -117,7 +117,7 @@ class Row:
     seq_len: int
     num_heads: int
     head_dim: int
-    window: int  # keys on each side
+    window: int | None  # keys on each side
     dtype: str
     device: str
     num_rounds: int | None = None
@@ -134,6 +134,7 @@ class Row:
     slope: float | None = None  # of log time over log length
     slope_p20: float | None = None
     slope_p80: float | None = None
+    memory_slope: float | None = None  # of log extra memory over log length, from the shortest to the longest
     largest_tensor: int | None = None  # elements of the largest storage made
     largest_share: float | None = None  # the same over T * T; in a slope's row at its worst over the lengths
     case: str | None = None  # name in `benchmarks.gpu_cases`, as the fields below of rows from a GPU
@@ -142,6 +143,9 @@ class Row:
     causal: bool | None = None
     num_globals: int | None = None
     target: float | None = None  # the least ratio that is wanted
+    mechanism: str | None = None  # on a CPU, as the file that describes it; on a GPU the table says it
+    block_size: int | None = None  # of block-sparse attention, in tokens
+    num_random_blocks: int | None = None  # in each row of blocks
     tflops: float | None = None  # useful work a second: 4 and 10 (backward) times pairs times head_dim; projections
     ceiling_share: float | None = None  # of the rate of a large matrix product in the same dtype and run
     roofline_share: float | None = None  # of the speed that bytes and operations of the useful work allow

@@ -6,25 +6,12 @@ import pytest
 import torch
 
 from benchmarks.cases import BOTH, DENSE, FLEX, FORWARD, LONGFORMER
-from benchmarks.gpu_cases import (
-    CASES,
-    FLASH,
-    FLEX_BEST,
-    MODULE,
-    PREFIX,
-    QUICK_NAMES,
-    ROWS,
-    SCATTERED,
-    UNDILATED,
-    WINDOW,
-    WITHOUT_GLOBALS,
-    Case,
-    chosen,
-    quick,
-)
+from benchmarks.gpu_case import FLEX_BEST, MODULE
+from benchmarks.gpu_cases import CASES, QUICK_NAMES, chosen
+from benchmarks.gpu_window import FLASH, PREFIX, ROWS, SCATTERED, UNDILATED, WINDOW, WITHOUT_GLOBALS, WindowCase
 from benchmarks.roofline import Ceilings, Work, measure_ceilings, window_pairs
 
-PLAIN = Case("plain", "", ())
+PLAIN = WindowCase("plain", "", ())
 
 
 def seen_by_hand(case):
@@ -165,7 +152,7 @@ def test_chosen_cases():
 
 
 def test_quick_cases_stay_odd():
-    small = {case.name: quick(case) for case in CASES}
+    small = {case.name: case.quick() for case in CASES}
     assert all(case.seq_len < 1200 for case in small.values())
     assert small["reach-200"].window % 128 and small["length-odd"].seq_len % 128
     assert small["key-heads"].num_kv_heads < small["key-heads"].num_heads

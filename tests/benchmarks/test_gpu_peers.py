@@ -7,10 +7,10 @@ import torch
 
 from benchmarks import flex, peers
 from benchmarks.cases import LongformerSelfAttention
-from benchmarks.gpu_cases import PREFIX, Case
+from benchmarks.gpu_window import PREFIX, WindowCase
 from kernels.window_attention import window_attention
 
-SMALL = Case("small", "", (), seq_len=300, head_dim=16, window=20, num_heads=2, num_kv_heads=2)
+SMALL = WindowCase("small", "", (), seq_len=300, head_dim=16, window=20, num_heads=2, num_kv_heads=2)
 CASES = {
     "window": SMALL,
     "causal": replace(SMALL, causal=True),
