@@ -44,7 +44,7 @@ class Mechanism:
 
     name: str
     shape: Shape
-    quick: Shape  # a tiny one, to see that everything runs, and to have libraries ready before memory is measured
+    quick: Shape  # a tiny one, to see that everything runs
     quick_lengths: tuple[int, ...]
     # (contender, shape) -> self-attention [B, T, dim] -> [B, T, dim], with the same weights for both contenders;
     # parameters that require no gradient are none of the comparison
@@ -113,8 +113,9 @@ def module_rows(mechanism: Mechanism, shape: Shape, num_rounds: int) -> Iterator
 
 
 def _extra_memory(call, mechanism, shape, **arguments):
-    """Of a call of this file, made by name in a process of its own."""
-    orders = [{"mechanism": mechanism.name, "sizes": asdict(size), **arguments} for size in (shape, mechanism.quick)]
+    """Of a call of this file, made by name in a process of its own; a small one before has the libraries ready."""
+    small = replace(mechanism.quick, seq_len=mechanism.quick.seq_len // 2)
+    orders = [{"mechanism": mechanism.name, "sizes": asdict(size), **arguments} for size in (shape, small)]
     num_threads = torch.get_num_threads()
     return extra_peak_bytes(f"{__name__}:{call}", *orders, device=shape.device, num_threads=num_threads)
 

@@ -59,7 +59,9 @@ def _forward(
     tables: list[Tensor], block_size: int, front: int, back: int, window: int, scale: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return block_attention_fwd(
-        BlockLaunch(query, key, scale, value, valid, lengths, Tables(*tables), block_size, front, back, window, dropout, seed)
+        BlockLaunch(
+            query, key, scale, value, valid, lengths, Tables(*tables), block_size, front, back, window, dropout, seed
+        )
     )
 
 

@@ -170,7 +170,9 @@ def _work(pattern, plan):
     near = np.zeros(num_blocks, dtype=np.int64)
     near[:longest] = np.subtract(*window_ends(longest, front, back, pattern.window)[::-1])
     ordinary = (blocks >= front) & (blocks < longest - back)
-    counts = np.where(ordinary, front + near + back + plan.sizes, np.where(blocks < front, longest + plan.global_sizes, 0))
+    counts = np.where(
+        ordinary, front + near + back + plan.sizes, np.where(blocks < front, longest + plan.global_sizes, 0)
+    )
     from_end = []
     for place in range(pattern.back):
         lengths = plan.lengths[[place < pattern.global_blocks(int(length))[1] for length in plan.lengths]]

@@ -1,6 +1,5 @@
 """What Nyström attention refuses beyond what all attention functions do."""
 
-
 from kernels.nystrom_attention.inverse import INITS
 
 COMPAT = ("hf", "original")

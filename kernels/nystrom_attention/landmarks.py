@@ -9,6 +9,7 @@ nothing. Where there are fewer tokens than landmarks the first runs are empty an
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,43 @@ def cut(
 
 def means(tensor: torch.Tensor, segments: Segments) -> torch.Tensor:
     """[B, T, H, D] -> [B, N, H, D], the mean of each segment, zero for an empty one. Differentiable."""
-    return _Means.apply(tensor, segments)  # type: ignore[no-any-return]
+    return _means(tensor, segments.first, segments.index, segments.share, segments.ranks)
 
 
-class _Means(torch.autograd.Function):
-    """Both directions gather, so that no order of sums is left to chance and nothing of size T x N is made."""
+# operators, because both directions gather: no order of sums is left to chance, nothing of size T x N is made
+@torch.library.custom_op("longspan::segment_means", mutates_args=())
+def _means(tensor: Tensor, first: Tensor, index: Tensor, share: Tensor, ranks: Tensor | None) -> Tensor:
+    segments = Segments(first, index, share, ranks)
+    sums = _run_sums(tensor, segments) if ranks is None else _gathered_sums(tensor, segments)
+    return sums * share[..., None, None]
 
-    @staticmethod
-    def forward(ctx, tensor, segments):
-        ctx.segments = segments
-        sums = _run_sums(tensor, segments) if segments.ranks is None else _gathered_sums(tensor, segments)
-        return sums * segments.share[..., None, None]
 
-    @staticmethod
-    def backward(ctx, grad):
-        return spread(grad, ctx.segments), None
+@_means.register_fake
+def _(tensor, first, index, share, ranks):
+    batch, _, num_heads, head_dim = tensor.shape
+    return tensor.new_empty((batch, share.shape[1], num_heads, head_dim))
+
+
+@torch.library.custom_op("longspan::segment_means_backward", mutates_args=())
+def _means_backward(grad: Tensor, first: Tensor, index: Tensor, share: Tensor, ranks: Tensor | None) -> Tensor:
+    return spread(grad, Segments(first, index, share, ranks))
+
+
+@_means_backward.register_fake
+def _(grad, first, index, share, ranks):
+    batch, _, num_heads, head_dim = grad.shape
+    return grad.new_empty((batch, index.shape[1], num_heads, head_dim))
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _grads(ctx, grad):
+    return _means_backward(grad, *ctx.saved_tensors), None, None, None, None
+
+
+_means.register_autograd(_grads, setup_context=_setup)
 
 
 def _run_sums(tensor, segments):
@@ -107,7 +130,7 @@ def _gathered_sums(tensor, segments):
     own = rank < segments.first[:, 1:, None]
     places = torch.searchsorted(segments.ranks, rank.flatten(1) + 1).clamp(max=seq_len - 1)
     examples = torch.arange(batch, device=tensor.device)[:, None]
-    tokens = tensor[examples, places].view(*own.shape, num_heads * head_dim)
+    tokens = tensor[examples, places].reshape(*own.shape, num_heads * head_dim)
     return (own[:, :, None].to(tensor.dtype) @ tokens).view(batch, -1, num_heads, head_dim)
 
 

@@ -50,7 +50,6 @@ def nystrom_fwd(
     if tables.single is not None:
         # each landmark is a token: with the tokens' own values the weights on landmarks are plain attention
         landmark_value = torch.where(tables.single[:, None, None, None], segment_means(value, tables), landmark_value)
-    landmark_value = landmark_value.contiguous()
     over_landmarks = Pass("queries", query, key_landmarks, landmark_value, tables.real, counted, scale)
     out, lse2 = softmax_fwd(over_landmarks, query.dtype)
     return out, Saved(query_landmarks, key_landmarks, attended, attended_lse2, landmark_value, lse2)
@@ -79,7 +78,7 @@ def nystrom_grad(
         core_value_grad = landmark_value_grad.masked_fill(single, 0.0)
         value_spread = landmark_value_grad.masked_fill(~single, 0.0)
     grads = core_grad(saved.query, saved.key, saved.attended, tables.real, core_value_grad, scale=scale, **options)
-    query_landmarks_grad, key_landmarks_grad, attended_grad = (grad.contiguous() for grad in grads)
+    query_landmarks_grad, key_landmarks_grad, attended_grad = grads
 
     share = tables.share[..., None, None]
     spread = Spread(tables, (key_landmarks_grad + key_grad) * share, value_spread)

@@ -7,20 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, peers
-from benchmarks.cases import BOTH, DENSE, FLEX, FORWARD, LONGFORMER, OURS, make_module, random_tensors
+from benchmarks import attention, block_sparse, peers, tables, window
+from benchmarks.cases import BIGBIRD, BOTH, DENSE, FLEX, FORWARD, LONGFORMER, OURS, random_tensors
 from benchmarks.memory import LargestTensor, extra_peak_bytes
 from benchmarks.timing import Row, Spread, environment, interleave, log_slope
+from kernels.block_sparse_attention import block_sparse_attention
 from kernels.window_attention import window_attention
 from tests.helpers import run_python
 
-QUICK = attention.QUICK
+MECHANISMS = [tables.mechanism_of(name) for name in attention.MECHANISMS]
+QUICK = window.MECHANISM.quick
 
 
 @pytest.mark.slow
-def test_quick_run_fills_every_column(tmp_path):
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=attention.MECHANISMS)
+def test_quick_run_fills_every_column(mechanism, tmp_path):
     path = tmp_path / "attention.csv"
-    done = run_python("-m", "benchmarks.attention", "--quick", "--output", path)
+    done = run_python("-m", "benchmarks.attention", "--quick", "--mechanism", mechanism.name, "--output", path)
     assert done.returncode == 0, done.stderr
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -28,8 +31,8 @@ def test_quick_run_fills_every_column(tmp_path):
     assert {(row["table"], row["contender"], row["passes"]) for row in rows} == {
         (table, contender, passes)
         for table, contenders in {
-            "module": (OURS, LONGFORMER),
-            "kernel": (OURS, DENSE, FLEX),
+            "module": (OURS, mechanism.module_peer),
+            "kernel": (OURS, *mechanism.peers),
             "scaling": (OURS,),
         }.items()
         for contender in contenders
@@ -37,11 +40,26 @@ def test_quick_run_fills_every_column(tmp_path):
     }
     for row in rows:
         assert row["torch"] == torch.__version__ and row["git_commit"] and row["dirty"] in ("True", "False")
+        assert row["mechanism"] == mechanism.name
         assert row["note"] or float(row["median_ms"]) > 0
         if row["table"] == "module":
             assert int(row["extra_memory_bytes"]) > 0
-    assert sum(bool(row["slope"]) for row in rows) == 2
+            sizes = dataclasses.asdict(mechanism.quick)
+            assert {name: row[name] for name in sizes} == {name: str(size) for name, size in sizes.items()}
+    assert sum(bool(row["slope"]) for row in rows) == 2 and sum(bool(row["memory_slope"]) for row in rows) == 1
     assert "theirs / ours" in done.stdout and "targets" in done.stdout
+
+
+def test_all_mechanisms_are_measured_unless_one_is_named(monkeypatch, tmp_path):
+    def one_row(mechanism, *, is_quick, num_rounds):
+        yield iter([tables.row_of(mechanism, "module", OURS, FORWARD, mechanism.quick, note="seen")])
+
+    monkeypatch.setattr(attention, "all_tables", one_row)
+    for chosen, expected in ((), list(attention.MECHANISMS)), (("--mechanism", "window"), ["window"]):
+        path = tmp_path / "attention.csv"
+        assert attention.main(["--quick", *chosen, "--output", str(path)]) == 0
+        with path.open(encoding="utf-8") as file:
+            assert [row["mechanism"] for row in csv.DictReader(file)] == expected
 
 
 @pytest.mark.gpu
@@ -66,8 +84,8 @@ def test_quick_run_on_a_gpu(tmp_path):
 
 def test_disagreeing_peer_is_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(peers, "longformer_self_attention", _shifted(peers.longformer_self_attention))
-    monkeypatch.setattr(attention, "interleave", _must_not_run)
-    assert attention.main(["--quick"]) == 1
+    monkeypatch.setattr(tables, "interleave", _must_not_run)
+    assert attention.main(["--quick", "--mechanism", "window"]) == 1
     error = capsys.readouterr().err
     assert "transformers Longformer differs from ours by" in error and "nothing is timed" in error
 
@@ -97,6 +115,8 @@ def test_unknown_device_is_a_usage_error(capsys, monkeypatch):
     [
         (["--device", "cuda", "--cases", "window-d64,windw"], "--cases: no case matches 'windw' (cases: window-d64"),
         (["--budget", "10"], "--budget and --cases go with --device cuda"),
+        (["--device", "cuda", "--mechanism", "window"], "--mechanism goes with --device cpu"),
+        (["--mechanism", "windw"], "invalid choice: 'windw'"),
     ],
 )
 def test_bad_usage(arguments, message, capsys):
@@ -123,22 +143,42 @@ def test_cuda_is_handed_on_with_its_options(monkeypatch, tmp_path):
     assert (seen["budget"], seen["num_rounds"], seen["output"], seen["is_quick"]) == (60.0, 3, output, False)
 
 
-def test_both_modules_compute_the_same_gradients():
-    x = random_tensors(1, (1, QUICK.seq_len, QUICK.dim), QUICK, requires_grad=True)[0]
-    ours, theirs = (make_module(side, QUICK) for side in (OURS, LONGFORMER))
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=attention.MECHANISMS)
+def test_both_modules_compute_the_same_gradients(mechanism):
+    shape = mechanism.quick
+    x = random_tensors(1, (1, shape.seq_len, shape.dim), shape, requires_grad=True)[0]
+    ours, theirs = (mechanism.module(side, shape) for side in (OURS, mechanism.module_peer))
     weights = torch.randn_like(x)
     grads = []
-    for module, inner in ((ours, ours), (theirs, theirs.attention)):
-        wanted = [x, inner.query.weight, inner.key.weight, inner.value.weight, inner.value.bias]
-        grads.append(torch.autograd.grad(module(x), wanted, weights))
-    for mine, peer in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, peer, rtol=1e-4, atol=1e-4)
+    for module in (ours, theirs):
+        parameters = {name.rpartition("attention.")[2]: value for name, value in module.named_parameters()}
+        wanted = {name: value for name, value in parameters.items() if value.requires_grad}
+        names = ["x", *sorted(wanted)]
+        found = torch.autograd.grad(module(x), [x, *(wanted[name] for name in names[1:])], weights)
+        grads.append(dict(zip(names, found, strict=True)))
+    assert len(grads[0]) == 7
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
 
 
 def test_dense_peer_sees_the_same_window():
     query, key, value = random_tensors(3, (1, 100, 2, 16), QUICK, requires_grad=False)
     attend = peers.dense_sdpa(100, 7, "cpu", torch.float32)
     torch.testing.assert_close(attend(query, key, value), window_attention(query, key, value, window=7))
+
+
+def test_block_peer_sees_the_same_blocks():
+    """At the sizes of the run as at the quick ones: the pattern of the peer as it trains, in its first layer."""
+    shape = block_sparse.BlockShape(num_heads=2, head_dim=8)
+    x = random_tensors(1, (1, shape.seq_len, shape.dim), shape, requires_grad=False)[0]
+    ours, theirs = (block_sparse.make_module(side, shape) for side in (OURS, BIGBIRD))
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_dense_attention_sees_every_key():
+    query, key, value = random_tensors(3, (1, 100, 2, 16), QUICK, requires_grad=False)
+    everything = block_sparse.BlockPattern.etc(100, 50, 2, 2)
+    expected = block_sparse_attention(query, key, value, everything)
+    torch.testing.assert_close(peers.dense_attention(query, key, value), expected)
 
 
 def test_contenders_take_turns():
@@ -150,9 +190,28 @@ def test_contenders_take_turns():
 
 
 def test_ratio_is_taken_round_by_round():
-    row = attention.row_of("kernel", DENSE, FORWARD, QUICK)
+    row = tables.row_of(window.MECHANISM, "kernel", DENSE, FORWARD, QUICK)
     row.ratio_to(np.array([2.0, 40.0, 6.0]), np.array([1.0, 10.0, 1.0]))
-    assert row.ratio == 4.0 and row.ratio_p20 < 4.0 < row.ratio_p80
+    assert row.ratio == 4.0
+    assert row.ratio_p20 is not None and row.ratio_p80 is not None and row.ratio_p20 < 4.0 < row.ratio_p80
+
+
+def test_targets_are_those_of_the_mechanism():
+    """One line for each figure that has a limit, with the limit of its own mechanism."""
+    rows = []
+    for mechanism in MECHANISMS:
+        row = tables.row_of(mechanism, "module", mechanism.module_peer, FORWARD, mechanism.shape)
+        row.ratio, row.target, row.memory_ratio = 2.7, mechanism.min_ratio[FORWARD], 0.3
+        slope = tables.row_of(mechanism, "scaling", OURS, BOTH, mechanism.shape, slope=1.06, memory_slope=1.0)
+        rows += [row, slope]
+    found = [(name, measured, target, met) for name, _, measured, target, met in attention._targets(rows)]
+    assert found[:4] == [
+        ("window", "2.700", ">= 2.5", "yes"),
+        ("window", "0.300", "<= 0.333", "yes"),
+        ("window", "1.060", "<= 1.05", "NO"),
+        ("window", "1.000", "<= 1.05", "yes"),
+    ]
+    assert found[4] == ("block_sparse", "2.700", ">= 3", "NO")
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0])

@@ -3,7 +3,9 @@
 import torch
 
 from kernels.nystrom_attention import nystrom_attention
-from tests.kernels.window import assert_same, make_inputs, make_valid, run
+from kernels.nystrom_attention.inverse import pseudo_inverse
+from kernels.nystrom_attention.reference import averaging, convolve, softmax
+from tests.kernels.window import assert_same, error, in_double, make_inputs, make_valid, run
 
 # length, landmarks, heads, head dim, taps (0: no convolution), mask, compat
 CASES = {
@@ -55,6 +57,37 @@ def of_squares(inputs: dict, options: dict, impl: str) -> dict[str, torch.Tensor
     out = nystrom_attention(**leaves, **options, impl=impl)
     out.square().sum().backward()
     return {"out": out.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def plain_attention(query, key, value, *, num_landmarks, valid=None, conv_weight=None):
+    """The formula as one would write it in the inputs' dtype, with the pseudo-inverse in float32."""
+    counted = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device) if valid is None else valid
+    few = (counted.sum(1) <= num_landmarks)[:, None, None, None]
+    averages = torch.stack([averaging(each, num_landmarks) for each in counted]).to(query.dtype)[
+        :, None
+    ]  # [B, 1, N, T]
+    there = (averages > 0).any(-1)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    scale = query.shape[-1] ** -0.5
+    query_landmarks, key_landmarks = averages @ query, averages @ key
+    to_landmarks = softmax(query @ key_landmarks.mT * scale, there[:, :, None])
+    between = softmax(query_landmarks @ key_landmarks.mT * scale, there[:, :, None]).float() * there[..., None]
+    to_keys = softmax(query_landmarks @ key.mT * scale, counted[:, None, None])
+    inverse = pseudo_inverse(between.flatten(0, 1)).view_as(between)
+    out = to_landmarks @ (inverse @ (to_keys @ value).float()).to(query.dtype)
+    out = torch.where(few, softmax(query @ key.mT * scale, counted[:, None, None]) @ value, out)
+    if conv_weight is not None:
+        out = out + convolve(value * counted[:, None, :, None], conv_weight.to(query.dtype))
+    return (out * counted[:, None, :, None]).transpose(1, 2)
+
+
+def assert_as_good_as_plain(inputs: dict, options: dict, impl: str) -> None:
+    """1e-5 relative, or twice the error of the formula in the same dtype, of the result and each gradient."""
+    exact = results(in_double(inputs), options, "reference")
+    plain, found = run(inputs, plain_attention, **options), results(inputs, options, impl)
+    for name, truth in exact.items():
+        assert found[name].dtype == inputs.get(name, inputs["query"]).dtype
+        assert error(found[name], truth) <= max(1e-5, 2 * error(plain[name], truth)), name
 
 
 def assert_is_the_oracle(inputs: dict, options: dict, impl: str, tolerance: float = 1e-12) -> None:

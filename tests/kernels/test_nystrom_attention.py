@@ -80,7 +80,9 @@ def test_any_lengths_and_masks_are_the_oracle(data):
     draw = data.draw
     seq_len, num_landmarks = draw(st.integers(1, 50)), draw(st.integers(1, 52))
     sizes = {"num_heads": draw(st.integers(1, 3)), "head_dim": draw(st.sampled_from([1, 4, 5]))}
-    inputs = with_taps(make_inputs(seq_len, **sizes, seed=draw(st.integers(0, 9))), draw(st.sampled_from([0, 1, 7, 65])))
+    inputs = with_taps(
+        make_inputs(seq_len, **sizes, seed=draw(st.integers(0, 9))), draw(st.sampled_from([0, 1, 7, 65]))
+    )
     options = {
         "num_landmarks": num_landmarks,
         "valid": make_valid(draw(st.sampled_from(["none", "tail", "holes", "one_all_masked"])), 2, seq_len),

@@ -21,7 +21,9 @@ def attend(shapes=None, **options):
         pytest.param({}, {"causal": True}, "causal is True, .* a landmark averages a whole segment", id="causal"),
         pytest.param({"query": (T, H, D)}, {}, r"must be \[B, T, H, D\], got \(6, 4, 2\)", id="query_3d"),
         pytest.param({"value": (2, T, H, 3)}, {}, r"share one shape: .*\(2, 6, 4, 3\)", id="value_dim"),
-        pytest.param({"query": (2, 5, H, D)}, {}, "query has 5 tokens and key 6: landmarks need one text", id="lengths"),
+        pytest.param(
+            {"query": (2, 5, H, D)}, {}, "query has 5 tokens and key 6: landmarks need one text", id="lengths"
+        ),
         pytest.param(
             {}, {"valid": torch.ones(2, T + 1) > 0}, r"valid must be bool \[2, 6\], got .*\(2, 7\)", id="valid_shape"
         ),
@@ -31,7 +33,10 @@ def attend(shapes=None, **options):
         pytest.param({}, {"pinv_init": "best"}, "pinv_init is 'best', it must be one of exact, original", id="init"),
         pytest.param({}, {"compat": "tf"}, "compat is 'tf', it must be None or one of hf, original", id="compat"),
         pytest.param(
-            {}, {"compat": "hf", "num_landmarks": 4}, "compat='hf' needs a length that 4 landmarks divide, got 6", id="hf"
+            {},
+            {"compat": "hf", "num_landmarks": 4},
+            "compat='hf' needs a length that 4 landmarks divide, got 6",
+            id="hf",
         ),
         pytest.param(
             {"conv_weight": (H, 4)}, {}, r"conv_weight must be \[4, K\] .*, K odd, got \(4, 4\)", id="even_taps"

@@ -112,7 +112,9 @@ def test_the_core_is_its_definition_and_so_is_its_gradient(masked, init):
     inverse = pseudo_inverse(weights.flatten(0, 1), iterations=4, init=init).view_as(weights)
     expected = (inverse @ attended).transpose(1, 2)
     assert error(found.detach(), expected.detach()) < 1e-13
-    for ours, theirs in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
         assert error(ours, theirs) < 1e-11
 
 

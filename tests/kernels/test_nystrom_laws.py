@@ -107,7 +107,9 @@ def test_members_of_a_batch_know_each_other_only_under_original(init, impl):
 @PATHS
 def test_heads_may_be_permuted(impl):
     inputs, order = with_taps(make_inputs(37, num_heads=3), 5), [2, 0, 1]
-    permuted = {name: tensor[order] if name == "conv_weight" else tensor[:, :, order] for name, tensor in inputs.items()}
+    permuted = {
+        name: tensor[order] if name == "conv_weight" else tensor[:, :, order] for name, tensor in inputs.items()
+    }
     options = {"num_landmarks": 6, "impl": impl}
     assert error(attend(permuted, **options), attend(inputs, **options)[:, :, order]) < 1e-14
 

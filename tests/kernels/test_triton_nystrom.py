@@ -7,8 +7,16 @@ from hypothesis import strategies as st
 
 from kernels import launch
 from kernels.nystrom_attention import nystrom_attention
-from tests.kernels.nystrom import CASES, assert_is_the_oracle, inputs_and_options, of_squares, results, with_taps
-from tests.kernels.window import assert_same, error, in_double, make_inputs, make_valid
+from tests.kernels.nystrom import (
+    CASES,
+    assert_as_good_as_plain,
+    assert_is_the_oracle,
+    inputs_and_options,
+    of_squares,
+    results,
+    with_taps,
+)
+from tests.kernels.window import assert_same, error, make_inputs, make_valid
 
 pytestmark = pytest.mark.interpreter
 
@@ -36,15 +44,10 @@ def test_any_number_of_parts(monkeypatch, num_landmarks, programs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["not_divided", "holes", "some_exact"])
-def test_error_is_that_of_the_formula_in_the_same_dtype(case, dtype):
-    """1e-5 relative in float32; in half precision twice what the oracle's results are rounded by."""
+def test_error_is_at_most_twice_that_of_the_formula_in_the_same_dtype(case, dtype):
     inputs, options = inputs_and_options(case, dtype)
-    exact = results(in_double(inputs), options, "reference")
-    plain = results(inputs, options, "reference")
-    kernels = results(inputs, options, "triton")
-    for name, truth in exact.items():
-        assert kernels[name].dtype == dtype
-        assert error(kernels[name], truth) <= max(1e-5, 2 * error(plain[name], truth)), name
+    options.pop("compat")
+    assert_as_good_as_plain(inputs, options, "triton")
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -53,7 +56,9 @@ def test_any_lengths_and_masks_are_the_oracle(data):
     draw = data.draw
     seq_len, num_landmarks = draw(st.integers(1, 40)), draw(st.integers(1, 42))
     sizes = {"num_heads": draw(st.integers(1, 2)), "head_dim": draw(st.sampled_from([4, 20])), "batch": 1}
-    inputs = with_taps(make_inputs(seq_len, **sizes, seed=draw(st.integers(0, 9))), draw(st.sampled_from([0, 1, 7, 33])))
+    inputs = with_taps(
+        make_inputs(seq_len, **sizes, seed=draw(st.integers(0, 9))), draw(st.sampled_from([0, 1, 7, 33]))
+    )
     options = {
         "num_landmarks": num_landmarks,
         "valid": make_valid(draw(st.sampled_from(["none", "tail", "holes", "one_all_masked"])), 1, seq_len),
