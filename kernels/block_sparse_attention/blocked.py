@@ -6,19 +6,14 @@ are operators that a compiler takes whole.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from kernels.block_sparse_attention.lists import BlockLists
+from kernels.block_sparse_attention.parts import Work, accumulator
 from kernels.block_sparse_attention.pattern import BlockPattern
-from kernels.block_sparse_attention.pieces import Chunk, Layout, chunks
-from kernels.dropout import keep_mask
 
-# scores of one product: on a CPU what goes with them stays in the cache of a core, elsewhere few products are better
-SCORES_PER_THREAD = 2**18
-SCORES_ON_DEVICE = 2**24
 LN_2 = math.log(2)
 
 
@@ -44,120 +39,49 @@ def flat(pattern: BlockPattern) -> tuple[list[Tensor], list[Tensor], list[int], 
     return list(offsets), list(blocks), list(pattern.plan_of_length), sizes, pattern.follows_length
 
 
-class _Work:
-    """What both passes share: tensors cut into blocks and what each row of blocks meets.
-
-    Blocks [B * H * N, block, D]: all heads and examples behind one another, zeros behind the end of the text.
-    """
-
-    def __init__(self, query, valid, dropout_seed, lists, plan_of_length, sizes, follows_length, dropout):
-        self.batch, self.seq_len, self.num_heads, _ = query.shape
-        self.layout = Layout(lists, plan_of_length, *sizes)
-        self.block_size = self.layout.block_size
-        self.num_blocks = -(-self.seq_len // self.block_size)
-        self.dtype = _accumulator(query.dtype)
-        self.device = query.device
-        self.dropout, self.dropout_seed = dropout, dropout_seed
-        self.buffers = {}
-        valid = torch.ones(query.shape[:2], dtype=torch.bool, device=self.device) if valid is None else valid
-        self.blocks_of_examples = [self.num_blocks] * self.batch
-        if follows_length:
-            last = (valid * torch.arange(1, self.seq_len + 1, device=self.device)).amax(dim=1)
-            self.blocks_of_examples = (-(-last // self.block_size)).tolist()
-        tail = self.num_blocks * self.block_size - self.seq_len
-        self.valid = torch.nn.functional.pad(valid, (0, tail)).unflatten(1, (-1, self.block_size))
-
-    def to_blocks(self, tensor: Tensor) -> Tensor:
-        """A copy of [B, T, H, D] as blocks, in the type of the sums."""
-        shape = (self.batch, self.num_heads, self.num_blocks * self.block_size, tensor.shape[-1])
-        blocks = torch.empty(shape, dtype=self.dtype, device=self.device)
-        blocks[:, :, : self.seq_len] = tensor.transpose(1, 2)
-        blocks[:, :, self.seq_len :] = 0.0
-        return blocks.view(-1, self.block_size, tensor.shape[-1])
-
-    def from_blocks(self, blocks: Tensor, like: Tensor) -> Tensor:
-        """Blocks as [B, T, H, D], contiguous, in the type of `like`."""
-        tokens = blocks.view(self.batch, self.num_heads, -1, blocks.shape[-1])[:, :, : self.seq_len]
-        return torch.empty(like.shape, dtype=like.dtype, device=self.device).copy_(tokens.transpose(1, 2))
-
-    def chunks(self) -> Iterator[Chunk]:
-        """What is to be computed, rows of which some may meet keys in several chunks."""
-        on_cpu = self.device.type == "cpu"
-        most = SCORES_PER_THREAD * torch.get_num_threads() if on_cpu else SCORES_ON_DEVICE
-        return chunks(self.layout, self.blocks_of_examples, self.valid, most)
-
-    def buffer(self, name: str, *shape: int) -> Tensor:
-        """Memory that every chunk uses again: fresh pages would cost more than what is written to them."""
-        size = math.prod(shape)
-        if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
-        return self.buffers[name][:size].view(shape)
-
-    def gather(self, name: str, blocks: Tensor, numbers: Tensor) -> Tensor:
-        """The blocks of these numbers [R] or [R, L], those of a row one behind the other: [R, L * block, D]."""
-        gathered = self.buffer(name, numbers.numel(), *blocks.shape[1:])
-        torch.index_select(blocks, 0, numbers.flatten(), out=gathered)
-        return gathered.view(len(numbers), -1, blocks.shape[-1])
-
-    def matmul(self, name: str, left: Tensor, right: Tensor) -> Tensor:
-        """left [R, M, K] @ right [R, K, N]."""
-        return torch.bmm(left, right, out=self.buffer(name, len(left), left.shape[1], right.shape[2]))
-
-    def hide_unseen(self, scores: Tensor, chunk: Chunk, keys_dim: int) -> Tensor:
-        """Scores of a chunk, its keys along `keys_dim`, -inf at those that are not there; in place."""
-        if chunk.seen is None:
-            return scores
-        # adding is ten times as fast as filling where the mask is
-        return scores.add_(torch.where(chunk.seen, 0.0, -math.inf).to(self.dtype).unsqueeze(3 - keys_dim))
-
-    def kept(self, chunk: Chunk, keys_dim: int) -> Tensor:
-        """What probabilities [R, block, L * block] of a chunk, or with `keys_dim` 1 transposed, are multiplied with."""
-        rows, keys = (self._positions(blocks) for blocks in (chunk.rows[:, None], chunk.blocks))
-        rows, keys = rows.unsqueeze(keys_dim), keys.unsqueeze(3 - keys_dim)
-        heads = (chunk.rows // self.num_blocks)[:, None, None]
-        return keep_mask(self.dropout_seed, heads, rows, keys, self.dropout).to(self.dtype).div_(1 - self.dropout)
-
-    def _positions(self, blocks):
-        """Of the tokens of blocks [R, L] in their texts: [R, L * block]."""
-        within = torch.arange(self.block_size, device=self.device)
-        return (blocks[:, :, None] % self.num_blocks * self.block_size + within).flatten(1)
-
-
 def forward(
     query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, dropout_seed: Tensor | None,
     row_offsets: list[Tensor], row_blocks: list[Tensor], plan_of_length: list[int], sizes: list[int],
     follows_length: bool, scale: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output [B, T, H, D], and [B, H, T] the base-2 logarithm of each query's sum of exponentials."""
+    """Output [B, T, H, D], and [B, T, H] the base-2 logarithm of each query's sum of exponentials."""
     lists = [BlockLists(*pair) for pair in zip(row_offsets, row_blocks, strict=True)]
-    work = _Work(query, valid, dropout_seed, lists, plan_of_length, sizes, follows_length, dropout)
-    queries = work.to_blocks(query).mul_(scale / LN_2)  # scores are exponents of 2
-    keys, values = work.to_blocks(key), work.to_blocks(value)
-    out, lse2 = torch.zeros_like(queries), queries.new_full((*queries.shape[:2], 1), -math.inf)
-    for chunk in work.chunks():
-        rows, blocks = chunk.rows, chunk.blocks
-        queries_here, keys_here = work.gather("queries", queries, rows), work.gather("keys", keys, blocks)
-        scores = work.hide_unseen(work.matmul("scores", queries_here, keys_here.transpose(1, 2)), chunk, 2)
-        shift = scores.amax(dim=-1, keepdim=True)
-        if chunk.seen is not None:
-            shift.masked_fill_(shift == -math.inf, 0.0)
-        probs = scores.sub_(shift).exp2_()
-        total = probs.sum(dim=-1, keepdim=True)
-        if dropout:
-            probs.mul_(work.kept(chunk, 2))
-        # where no key is seen both are 0
-        part = work.matmul("part", probs, work.gather("values", values, blocks))
-        part.div_(total.clamp(min=torch.finfo(total.dtype).tiny))
-        part_lse2 = shift.add_(total.log2_())
-        if chunk.continues:
-            part, part_lse2 = _merged(out.index_select(0, rows), lse2.index_select(0, rows), part, part_lse2)
-        out.index_copy_(0, rows, part)
-        lse2.index_copy_(0, rows, part_lse2)
-    del queries, keys, values
-    out = work.from_blocks(out, query)
+    work = Work(query, valid, dropout_seed, lists, plan_of_length, sizes, follows_length, dropout)
+    out = query.new_empty(query.shape)
+    lse2 = query.new_empty((*query.shape[:3], 1), dtype=work.dtype)
+    for part in work.parts():
+        queries = work.to_blocks("all queries", query, part).mul_(scale / LN_2)  # scores are exponents of 2
+        keys, values = work.to_blocks("all keys", key, part), work.to_blocks("all values", value, part)
+        part_out, part_lse2 = work.zeros("out", part, work.head_dim), work.zeros("lse2", part, 1).fill_(-math.inf)
+        for chunk in work.chunks(part):
+            _attend(work, part, chunk, queries, keys, values, part_out, part_lse2)
+        work.from_blocks(part_out, out, part)
+        work.from_blocks(part_lse2, lse2, part)
     if valid is not None:
         out.masked_fill_(~valid[:, :, None, None], 0.0)
-    return out, lse2.view(*query.shape[:3:2], -1)[:, :, : query.shape[1]].contiguous()
+    return out, lse2.squeeze(-1)
+
+
+def _attend(work, part, chunk, queries, keys, values, out, lse2):
+    """The rows of a chunk: their output and log-sum-exp, merged into what earlier chunks gave."""
+    rows, blocks = chunk.rows, chunk.blocks
+    queries, keys = work.gather("queries", queries, rows), work.gather("keys", keys, blocks)
+    scores = work.hide_unseen(work.matmul("scores", queries, keys.transpose(1, 2)), chunk, 2)
+    shift = scores.amax(dim=-1, keepdim=True)
+    if chunk.seen is not None:
+        shift.masked_fill_(shift == -math.inf, 0.0)
+    probs = scores.sub_(shift).exp2_()
+    total = probs.sum(dim=-1, keepdim=True)
+    if work.dropout:
+        probs.mul_(work.kept(chunk, part, 2))
+    # where no key is seen both are 0
+    found = work.matmul("found", probs, work.gather("values", values, blocks))
+    found.div_(total.clamp(min=torch.finfo(total.dtype).tiny))
+    found_lse2 = shift.add_(total.log2_())
+    if chunk.continues:
+        found, found_lse2 = _merged(out.index_select(0, rows), lse2.index_select(0, rows), found, found_lse2)
+    out.index_copy_(0, rows, found)
+    lse2.index_copy_(0, rows, found_lse2)
 
 
 def backward(
@@ -168,41 +92,50 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value."""
     lists = [BlockLists(*pair) for pair in zip(row_offsets, row_blocks, strict=True)]
-    work = _Work(query, valid, dropout_seed, lists, plan_of_length, sizes, follows_length, dropout)
+    work = Work(query, valid, dropout_seed, lists, plan_of_length, sizes, follows_length, dropout)
     if valid is not None:
         out_grad = out_grad.masked_fill(~valid[:, :, None, None], 0.0)
-    # for each query the sum of its probabilities times their gradients
-    deltas = work.to_blocks((out_grad.to(lse2.dtype) * out).sum(dim=-1, keepdim=True))
-    # a query that sees nothing has -inf, which would be subtracted from itself
-    lse2 = work.to_blocks(lse2.masked_fill(lse2 == -math.inf, math.inf).transpose(1, 2)[..., None])
-    queries = work.to_blocks(query).mul_(scale / LN_2)
-    keys, values, out_grads = work.to_blocks(key), work.to_blocks(value), work.to_blocks(out_grad)
-    query_grad, key_grad, value_grad = (torch.zeros_like(queries) for _ in range(3))
-    for chunk in work.chunks():
-        rows, blocks = chunk.rows, chunk.blocks
-        queries_here, grads_here = work.gather("queries", queries, rows), work.gather("grads", out_grads, rows)
-        keys_here, values_here = work.gather("keys", keys, blocks), work.gather("values", values, blocks)
-        # transposed, so that one product of five has a transposed operand on its left, which is slower
-        scores = work.hide_unseen(work.matmul("scores", keys_here, queries_here.transpose(1, 2)), chunk, 1)
-        probs = scores.sub_(lse2.index_select(0, rows).transpose(1, 2)).exp2_()
-        probs_grad = work.matmul("probs_grad", values_here, grads_here.transpose(1, 2))
-        kept_probs = probs
-        if dropout:
-            kept = work.kept(chunk, 1)
-            probs_grad.mul_(kept)
-            kept_probs = probs * kept
-        _add(value_grad, blocks, work.matmul("share", kept_probs, grads_here))
-        scores_grad = probs_grad.sub_(deltas.index_select(0, rows).transpose(1, 2)).mul_(probs)
-        _add(query_grad, rows, work.matmul("part", scores_grad.transpose(1, 2), keys_here))
-        _add(key_grad, blocks, work.matmul("share", scores_grad, queries_here))
-    del queries, keys, values, out_grads
-    # the queries hold the scale already, and the change of base
-    query_grad, key_grad = query_grad.mul_(scale), key_grad.mul_(LN_2)
-    return work.from_blocks(query_grad, query), work.from_blocks(key_grad, key), work.from_blocks(value_grad, value)
+    grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
+    for part in work.parts():
+        queries = work.to_blocks("all queries", query, part).mul_(scale / LN_2)
+        keys, values = work.to_blocks("all keys", key, part), work.to_blocks("all values", value, part)
+        out_grads, outs = work.to_blocks("out grads", out_grad, part), work.to_blocks("out", out, part)
+        # for each query the sum of its probabilities times their gradients
+        deltas = outs.mul_(out_grads).sum(dim=-1, keepdim=True)
+        # a query that sees nothing has -inf, which would be subtracted from itself
+        statistics = work.to_blocks("lse2", lse2[..., None], part)
+        statistics.masked_fill_(statistics == -math.inf, math.inf)
+        sums = [work.zeros(name, part, work.head_dim) for name in ("query grad", "key grad", "value grad")]
+        for chunk in work.chunks(part):
+            _add_grads(work, part, chunk, queries, keys, values, out_grads, statistics, deltas, *sums)
+        # the queries hold the scale already, and the change of base
+        for blocks, factor, grad in zip(sums, (scale, LN_2, 1.0), grads, strict=True):
+            work.from_blocks(blocks.mul_(factor), grad, part)
+    query_grad, key_grad, value_grad = grads
+    return query_grad, key_grad, value_grad
 
 
-def _accumulator(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _add_grads(work, part, chunk, queries, keys, values, out_grads, lse2, deltas, query_grad, key_grad, value_grad):
+    """What the rows of a chunk add to the gradients, all of them blocks.
+
+    Scores are transposed, [R, L * block, block]: so one product of five has a transposed operand on its left, which is
+    slower, and not two.
+    """
+    rows, blocks = chunk.rows, chunk.blocks
+    queries, out_grads = work.gather("queries", queries, rows), work.gather("out grads of rows", out_grads, rows)
+    keys, values = work.gather("keys", keys, blocks), work.gather("values", values, blocks)
+    scores = work.hide_unseen(work.matmul("scores", keys, queries.transpose(1, 2)), chunk, 1)
+    probs = scores.sub_(lse2.index_select(0, rows).transpose(1, 2)).exp2_()
+    probs_grad = work.matmul("probs grad", values, out_grads.transpose(1, 2))
+    kept_probs = probs
+    if work.dropout:
+        kept = work.kept(chunk, part, 1)
+        probs_grad.mul_(kept)
+        kept_probs = probs * kept
+    _add(value_grad, blocks, work.matmul("found", kept_probs, out_grads))
+    scores_grad = probs_grad.sub_(deltas.index_select(0, rows).transpose(1, 2)).mul_(probs)
+    _add(query_grad, rows, work.matmul("found", scores_grad.transpose(1, 2), keys))
+    _add(key_grad, blocks, work.matmul("found", scores_grad, queries))
 
 
 def _add(total, numbers, shares):
@@ -229,8 +162,7 @@ _backward = torch.library.custom_op("longspan::block_sparse_blocked_backward", b
 
 @_forward.register_fake
 def _(query, key, value, valid, dropout_seed, *options):
-    batch, seq_len, num_heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty((batch, num_heads, seq_len), dtype=_accumulator(query.dtype))
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=accumulator(query.dtype))
 
 
 @_backward.register_fake

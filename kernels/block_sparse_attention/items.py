@@ -19,10 +19,11 @@ def work_of_program(
     H: tl.constexpr, TILES: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr, WINDOW: tl.constexpr,
     MANY_PLANS: tl.constexpr, HAS_VALID: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """(batch, head, tile, item, num_open, block, has_work, first, last, extent, listed): entries [first, last) of a block.
+    """(batch, head, tile, item, num_open, block, has_work, first, last, extent, listed) of a program.
 
-    Programs count heads first, which lie side by side in memory, then the TILES tiles of a block, then items, of which
-    the first `num_parts` are parts, then examples. num_open as in `example_of`, the rest as in `block_of_item`.
+    Its work are the entries [first, last) of a block. Programs count heads first, which lie side by side in memory, then
+    the TILES tiles of a block, then items, of which the first `num_parts` are parts, then examples. num_open as in
+    `example_of`, the rest as in `block_of_item`.
     """
     head, tile, item, batch = _indices(program, num_parts + num_items, H, TILES)
     length, plan, num_open = example_of(lengths_ptr, plan_ptr, batch, T, num_blocks, HAS_VALID, MANY_PLANS)
@@ -45,7 +46,7 @@ def block_of_merge(
     H: tl.constexpr, TILES: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr, WINDOW: tl.constexpr,
     MANY_PLANS: tl.constexpr, HAS_VALID: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """(batch, head, tile, block, has_rows, first, last) of a program that merges: parts [first, last) are the block's."""
+    """(batch, head, tile, block, has_rows, first, last) of a program that merges the parts [first, last) of a block."""
     head, tile, merge, batch = _indices(program, num_merges, H, TILES)
     length, plan, _ = example_of(lengths_ptr, plan_ptr, batch, T, num_blocks, HAS_VALID, MANY_PLANS)
     table = (plan * H + head).to(tl.int64)

@@ -25,8 +25,8 @@ class Work(NamedTuple):
 class BlockLaunch(Launch):
     """The launches of one call: query, key and value [B, T, H, D], the tables and the numbers of a pattern.
 
-    valid: [B, T] bool or None. lengths: int32 [B, 3], the blocks, the plan and the leading valid tokens of each example,
-    where there is a mask. seed: int64 of one element where `dropout` is not 0.
+    valid: [B, T] bool or None. lengths: int32 [B, 3] where there is a mask, the blocks, the plan and the leading valid
+    tokens of each example. seed: int64 of one element where `dropout` is not 0.
     """
 
     value: torch.Tensor

@@ -86,9 +86,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    out_grad, query, key, value, out, lse2, valid, lengths, seed, tables, block_size, front, back, window, scale, dropout
-):  # fmt: skip
+def _(out_grad, query, key, value, *rest):
     return query.new_empty(query.shape), key.new_empty(key.shape), key.new_empty(key.shape)
 
 
@@ -102,11 +100,13 @@ def _setup(ctx, inputs, output):
 
 
 def _grads(ctx, out_grad, lse2_grad):
-    inputs, tables = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
-    none = (None, None, None, [None] * len(tables), *[None] * len(ctx.options))
+    # valid, lengths, seed, the tables, all that is no tensor
+    none = (None, None, None, [None] * len(Tables._fields), *[None] * len(ctx.options))
     if out_grad is None:
         return None, None, None, *none
-    return *_backward(out_grad, *inputs, tables, *ctx.options), *none
+    saved = ctx.saved_tensors
+    tables = list(saved[-len(Tables._fields) :])
+    return *_backward(out_grad, *saved[: -len(tables)], tables, *ctx.options), *none
 
 
 _forward.register_autograd(_grads, setup_context=_setup)

@@ -51,6 +51,7 @@ class BlockPattern:
     plan_of_length: tuple[int, ...]
     follows_length: bool = True
     key: str = field(init=False, repr=False, default="")  # its name in this process
+    tables: dict = field(init=False, repr=False, default_factory=dict)  # what the kernels made of it, by device
 
     def __post_init__(self):
         for name, minimum in {"seq_len": 1, "block_size": 1, "num_heads": 1, "front": 0, "back": 0}.items():

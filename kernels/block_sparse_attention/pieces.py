@@ -5,6 +5,7 @@ one length make a chunk, whose scores are one product.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +16,9 @@ from kernels.block_sparse_attention.lists import BlockLists, window_ends
 PIECE_KEYS = 1024  # of one row at a time, so that a row that sees everything needs no memory for all of its scores
 
 
-class Layout(NamedTuple):
-    """What is global, near and listed, as in `BlockPattern`; block sizes in tokens, `window` in blocks."""
+@dataclass(frozen=True)
+class Layout:
+    """What is global, near and listed, as in `BlockPattern`: `block_size` in tokens, the others in blocks."""
 
     lists: Sequence[BlockLists]
     plan_of_length: Sequence[int]
@@ -24,35 +26,45 @@ class Layout(NamedTuple):
     front: int
     back: int
     window: int
+    _known: dict = field(default_factory=dict, init=False)
 
-    def seen(self, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
-        """What an example of n blocks sees: (numbers [H * n] of blocks of each row, those blocks, row after row)."""
+    def seen(self, num_blocks: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """What an example of n blocks sees: the numbers [H, n] of blocks of each row, and for each head those blocks,
+        row after row.
+        """
+        if num_blocks not in self._known:
+            self._known[num_blocks] = self._find_seen(num_blocks)
+        return self._known[num_blocks]
+
+    def _find_seen(self, num_blocks):
         front = min(self.front, num_blocks)
         back = min(self.back, num_blocks - front)
         blocks = np.arange(num_blocks)
         is_global = (blocks < front) | (blocks >= num_blocks - back)
-        offsets, listed = (tensor.numpy() for tensor in self.lists[self.plan_of_length[num_blocks]])
-        num_heads = len(offsets)
         # what all heads share: every block for a global row, else the global ones and the window
         first, last = window_ends(num_blocks, front, back, self.window)
         near = np.where(is_global, 0, last - first)
         always = np.where(is_global[:, None], True, is_global).nonzero()
         shared_rows = np.concatenate([always[0], np.repeat(blocks, near)])
-        shared_blocks = np.concatenate([always[1], _ranges(first, near)])
+        shared = np.concatenate([always[1], _ranges(first, near)])
         # what each head lists for the others
-        counts = np.where(is_global, 0, offsets[:, 1 : num_blocks + 1] - offsets[:, :num_blocks]).ravel()
-        listed = listed[_ranges(offsets[:, :num_blocks].ravel(), counts)]
-        listed_rows = np.repeat(np.arange(num_heads * num_blocks), counts)[listed < num_blocks]
-        of_heads = np.arange(num_heads)[:, None] * num_blocks
-        rows = np.concatenate([(of_heads + shared_rows).ravel(), listed_rows])
-        seen = np.concatenate([np.tile(shared_blocks, num_heads), listed[listed < num_blocks]])
-        return np.bincount(rows, minlength=num_heads * num_blocks), seen[np.argsort(rows, kind="stable")]
+        lists = self.lists[self.plan_of_length[num_blocks]]
+        offsets, listed = lists.row_offsets.numpy(), lists.row_blocks.numpy()
+        counts, seen = [], []
+        for starts, ends in zip(offsets[:, :num_blocks], offsets[:, 1 : num_blocks + 1], strict=True):
+            lengths = np.where(is_global, 0, ends - starts)
+            own, own_rows = listed[_ranges(starts, lengths)], np.repeat(blocks, lengths)
+            kept = own < num_blocks
+            rows = np.concatenate([shared_rows, own_rows[kept]])
+            counts.append(np.bincount(rows, minlength=num_blocks))
+            seen.append(np.concatenate([shared, own[kept]])[np.argsort(rows, kind="stable")])
+        return np.stack(counts), seen
 
 
 class Chunk(NamedTuple):
     """Pieces that are computed together, R of them with up to L blocks; no row is in a chunk twice.
 
-    Blocks of all heads and examples are counted through: block i of head h of example b is (b * H + h) * N + i.
+    Blocks are counted through: block i of head h of example b is (b * H + h) * N + i.
     """
 
     rows: torch.Tensor  # [R]
@@ -61,15 +73,17 @@ class Chunk(NamedTuple):
     continues: bool  # whether an earlier chunk held other pieces of these rows
 
 
-def chunks(layout: Layout, blocks_of_examples: Sequence[int], valid: torch.Tensor, max_scores: int) -> Iterator[Chunk]:
-    """All pieces of a batch, in chunks of about `max_scores` scores, the first pieces of all rows first.
+def chunks(
+    layout: Layout, blocks_of_examples: Sequence[int], heads: range, valid: torch.Tensor, max_scores: int
+) -> Iterator[Chunk]:
+    """All pieces of some examples and heads, in chunks of about `max_scores` scores, the first of all rows first.
 
     blocks_of_examples: each example's number of blocks. valid: bool [B, N, block_size] of real keys, on the device of
-    the tensors.
+    the tensors. Examples and heads are counted from the first one given.
     """
     num_blocks, block_size = valid.shape[1:]
     is_whole = valid.all(dim=2).cpu().numpy().ravel()
-    rows, lengths, starts, seen = _rows(layout, blocks_of_examples, num_blocks)
+    rows, lengths, starts, seen = _rows(layout, blocks_of_examples, heads, num_blocks)
     # cut the rows
     most = max(1, PIECE_KEYS // block_size)
     num_pieces = -(-lengths // most)
@@ -80,35 +94,33 @@ def chunks(layout: Layout, blocks_of_examples: Sequence[int], valid: torch.Tenso
     # by length, as the shorter ones of a chunk are padded
     order = np.lexsort((-lengths, piece))
     rows, lengths, starts, piece = (values[order] for values in (rows, lengths, starts, piece))
-    ends = np.searchsorted(piece, piece, side="right")
-    begin, num_heads = 0, len(layout.lists[0].row_offsets)
+    ends, begin = np.searchsorted(piece, piece, side="right"), 0
     while begin < len(rows):
         longest = lengths[begin]
         end = min(ends[begin], begin + max(1, max_scores // (longest * block_size**2)))
         part, column = slice(begin, end), np.arange(longest)
         inside = column < lengths[part, None]
         blocks = seen[np.where(inside, starts[part, None] + column, starts[part, None])]  # [R, L]
-        key_blocks = blocks // (num_heads * num_blocks) * num_blocks + blocks % num_blocks  # without the head
+        of_example = blocks // (len(heads) * num_blocks) * num_blocks + blocks % num_blocks  # whatever the head
         seen_keys = None
-        if not (inside.all() and is_whole[key_blocks].all()):
-            seen_keys = valid.view(-1, block_size)[_tensor(key_blocks, valid)] & _tensor(inside, valid)[:, :, None]
+        if not (inside.all() and is_whole[of_example].all()):
+            seen_keys = valid.view(-1, block_size)[_tensor(of_example, valid)] & _tensor(inside, valid)[:, :, None]
             seen_keys = seen_keys.flatten(1)
         yield Chunk(_tensor(rows[part], valid), _tensor(blocks, valid), seen_keys, bool(piece[begin]))
         begin = end
 
 
-def _rows(layout, blocks_of_examples, num_blocks):
+def _rows(layout, blocks_of_examples, heads, num_blocks):
     """Rows that see something: their numbers, how many blocks they see, where these start, and all these blocks."""
-    num_heads = len(layout.lists[0].row_offsets)
-    parts = []
+    parts = [(np.zeros(0, dtype=np.int64),) * 3]
     for length in sorted(set(blocks_of_examples)):
         examples = np.flatnonzero(np.array(blocks_of_examples) == length)
         counts, seen = layout.seen(length)
-        first = (examples[:, None] * num_heads + np.arange(num_heads)) * num_blocks  # of the heads of each example
-        rows = (first[:, :, None] + np.arange(length)).ravel()
-        of_head = counts.reshape(num_heads, length).sum(axis=1)
-        seen = (np.repeat(first, of_head, axis=1) + seen).ravel()
-        parts.append((rows, np.tile(counts, len(examples)), seen))
+        counts, seen = counts[heads.start : heads.stop], seen[heads.start : heads.stop]
+        first = (examples[:, None] * len(heads) + np.arange(len(heads))) * num_blocks  # of the heads of each example
+        rows = first[:, :, None] + np.arange(length)
+        seen = np.repeat(first, counts.sum(axis=1), axis=1) + np.concatenate(seen)
+        parts.append((rows.ravel(), np.tile(counts.ravel(), len(examples)), seen.ravel()))
     rows, lengths, seen = (np.concatenate(part) for part in zip(*parts, strict=True))
     starts = lengths.cumsum() - lengths
     some = lengths > 0

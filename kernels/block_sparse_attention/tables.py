@@ -8,7 +8,6 @@ sums a second kernel adds up in their order.
 
 from collections.abc import Iterator
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,9 +23,9 @@ NOTHING = -(2**30)  # in place of a block: a padding item
 class Tables(NamedTuple):
     """int32 tensors on one device; P plans, H heads, N blocks of the longest sequence, rows and columns alike.
 
-    An item is (block, first entry, last entry, begin, end, largest): the entries [first, last) of a block, whose list lies
-    at [begin, end) of `*_blocks`, ascending up to `largest`. A negative block -1 - k is the k-th from the end of the
-    example, one of the `back` global ones; its list has to be looked up. Each of the N blocks has an item, so that
+    An item is (block, first entry, last entry, begin, end, largest): the entries [first, last) of a block, whose list
+    lies at [begin, end) of `*_blocks`, ascending up to `largest`. A negative block -1 - k is the k-th from the end of
+    the example, one of the `back` global ones; its list has to be looked up. Each of the N blocks has an item, so that
     every row is written, of whatever length the example is.
 
     *_parts: [P, H, S, 6], items of the blocks that are cut, the heaviest first.
@@ -60,26 +59,28 @@ class _Plan(NamedTuple):
     blocks: np.ndarray
 
 
-held: WeakKeyDictionary[BlockPattern, dict[torch.device, Tables]] = WeakKeyDictionary()
-
-
 def device_tables(pattern: BlockPattern, device: torch.device) -> Tables:
     """The tables of a pattern on a device, made at the first call and kept with the pattern."""
     if torch.compiler.is_compiling():
-        return Tables(*[_constant(pattern.key, device, name) for name in Tables._fields])
-    found = held.setdefault(pattern, {})
-    if device not in found:
-        # tensors of inference mode could not be saved for a backward pass
-        with torch.inference_mode(False):
-            found[device] = Tables(*(torch.from_numpy(table).to(device) for table in _build(pattern)))
-    return found[device]
+        _make_tables(pattern.key, device)
+    elif device not in pattern.tables:
+        _make(pattern, device)
+    return pattern.tables[device]
 
 
-# a compiled graph holds each table as a constant: it is guarded by the key, whose pattern never changes. The compiler of
-# torch 2.11 knows constants among the arguments alone
+# a compiler that meets a pattern without tables has them made on the spot, and then finds them where they belong; in
+# torch 2.11 it can hand over the key alone
 @torch.compiler.assume_constant_result
-def _constant(key: str, device: torch.device, name: str) -> torch.Tensor:
-    return getattr(device_tables(pattern_of(key), device), name)
+def _make_tables(key: str, device: torch.device) -> None:
+    pattern = pattern_of(key)
+    if device not in pattern.tables:
+        _make(pattern, device)
+
+
+def _make(pattern, device):
+    # tensors of inference mode could not be saved for a backward pass
+    with torch.inference_mode(False):
+        pattern.tables[device] = Tables(*(torch.from_numpy(table).to(device) for table in _build(pattern)))
 
 
 def _build(pattern) -> Iterator[np.ndarray]:
@@ -130,9 +131,12 @@ def _both_directions(pattern, index):
 def _items(pattern, plans):
     """(parts, items, merges) of one direction."""
     work = [_work(pattern, plan) for plan in plans]
-    # on average, over the blocks of the longest example
-    means = [counts.sum() / (len(counts) * plan.lengths.max(initial=1)) for plan, (_, counts) in zip(plans, work)]
-    chunk = CHUNK * max(1, int(np.ceil(max(means) / CHUNK)))
+    # on average over the blocks of its longest example, in the plan where that is most
+    mean = max(
+        counts.sum() / (pattern.num_heads * plan.lengths.max(initial=1))
+        for plan, (_, counts) in zip(plans, work, strict=True)
+    )
+    chunk = CHUNK * max(1, int(np.ceil(mean / CHUNK)))
     listed = np.concatenate([plan.blocks for plan in plans])
     sizes = np.stack([plan.sizes for plan in plans])
     ends = sizes.cumsum().reshape(sizes.shape)  # [P, H, N]

@@ -18,9 +18,9 @@ def pseudo_inverse(matrix: torch.Tensor, *, iterations: int = 6, init: str = "ex
     sum; with "original", as released, the largest of all K, so that they depend on each other. Differentiable, through
     c too.
     """
-    inverse = start(matrix, init)
+    inverse, fifteen = start(matrix, init), _fifteen(matrix)
     for _ in range(iterations):
-        inverse = _step(inverse, _products(matrix, inverse)[2])
+        inverse = _step(inverse, _products(matrix, inverse, fifteen)[2])
     return inverse
 
 
@@ -28,12 +28,12 @@ def pseudo_inverse_grad(
     matrix: torch.Tensor, grad: torch.Tensor, *, iterations: int = 6, init: str = "exact"
 ) -> torch.Tensor:
     """Gradient of the matrices, given that of their pseudo-inverses, without autograd: the steps are computed again."""
-    inverses = [start(matrix, init)]
+    inverses, fifteen = [start(matrix, init)], _fifteen(matrix)
     for _ in range(iterations - 1):
-        inverses.append(_step(inverses[-1], _products(matrix, inverses[-1])[2]))
+        inverses.append(_step(inverses[-1], _products(matrix, inverses[-1], fifteen)[2]))
     matrix_grad = torch.zeros_like(matrix)
     for inverse in reversed(inverses):
-        product, inner, outer = _products(matrix, inverse)
+        product, inner, outer = _products(matrix, inverse, fifteen)
         # of -4 times each of the three, the factor of `outer` in a step
         outer_grad = inverse.mT @ grad
         inner_grad = product.mT @ outer_grad
@@ -46,11 +46,14 @@ def pseudo_inverse_grad(
     return matrix_grad + start_grad(matrix, init, grad)
 
 
-def _products(matrix, inverse):
+def _fifteen(matrix):
+    return 15.0 * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
+def _products(matrix, inverse, fifteen):
     """(A Z, 15 - 7 A Z + (A Z)^2, the product of the two)."""
     product = matrix @ inverse
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    inner = torch.baddbmm(15.0 * eye - 7.0 * product, product, product)
+    inner = torch.baddbmm(torch.add(fifteen, product, alpha=-7.0), product, product)
     return product, inner, product @ inner
 
 

@@ -5,7 +5,7 @@ import torch
 from kernels.nystrom_attention import nystrom_attention
 from kernels.nystrom_attention.inverse import pseudo_inverse
 from kernels.nystrom_attention.reference import averaging, convolve, softmax
-from tests.kernels.window import assert_same, error, in_double, make_inputs, make_valid, run
+from tests.kernels.window import assert_same, error, in_double, make_inputs, make_valid
 
 # length, landmarks, heads, head dim, taps (0: no convolution), mask, compat
 CASES = {
@@ -18,10 +18,10 @@ CASES = {
     "more_than_tokens": (9, 33, 1, 8, 65, "holes", None),
     "tail": (37, 5, 2, 16, 9, "tail", None),
     "holes": (37, 16, 1, 8, 5, "holes", None),
-    "isolated": (70, 9, 1, 4, 33, "isolated", None),
-    "some_exact": (40, 30, 2, 4, 5, "tail", None),
+    "isolated": (70, 6, 1, 4, 33, "isolated", None),
+    "some_exact": (27, 18, 1, 4, 5, "tail", None),
     "one_all_masked": (21, 4, 1, 8, 3, "one_all_masked", None),
-    "many_landmarks": (75, 33, 1, 4, 1, "tail", None),
+    "many_landmarks": (50, 33, 1, 4, 1, "tail", None),
     "hf": (24, 4, 2, 8, 5, "tail", "hf"),
     "hf_exact": (12, 12, 1, 8, 5, "tail", "hf"),
     "original": (24, 4, 2, 8, 5, "holes", "original"),
@@ -47,8 +47,20 @@ def inputs_and_options(case: str, dtype: torch.dtype = torch.float64) -> tuple[d
 
 
 def results(inputs: dict, options: dict, impl: str) -> dict[str, torch.Tensor]:
-    """Result and all gradients by one path."""
-    return run(inputs, nystrom_attention, **options, impl=impl)
+    """Result and all gradients by one path, under one fixed random weighting of the result."""
+    return _run(nystrom_attention, inputs, {**options, "impl": impl})
+
+
+def _run(function, inputs, options):
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    out = function(**leaves, **options)
+    out.backward(weights_for(out))
+    return {"out": out.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def weights_for(out: torch.Tensor) -> torch.Tensor:
+    """A gradient of the result, random, the same numbers in every dtype."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
 
 
 def of_squares(inputs: dict, options: dict, impl: str) -> dict[str, torch.Tensor]:
@@ -63,9 +75,7 @@ def plain_attention(query, key, value, *, num_landmarks, valid=None, conv_weight
     """The formula as one would write it in the inputs' dtype, with the pseudo-inverse in float32."""
     counted = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device) if valid is None else valid
     few = (counted.sum(1) <= num_landmarks)[:, None, None, None]
-    averages = torch.stack([averaging(each, num_landmarks) for each in counted]).to(query.dtype)[
-        :, None
-    ]  # [B, 1, N, T]
+    averages = torch.stack([averaging(each, num_landmarks) for each in counted])[:, None].to(query.dtype)
     there = (averages > 0).any(-1)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5
@@ -84,7 +94,7 @@ def plain_attention(query, key, value, *, num_landmarks, valid=None, conv_weight
 def assert_as_good_as_plain(inputs: dict, options: dict, impl: str) -> None:
     """1e-5 relative, or twice the error of the formula in the same dtype, of the result and each gradient."""
     exact = results(in_double(inputs), options, "reference")
-    plain, found = run(inputs, plain_attention, **options), results(inputs, options, impl)
+    plain, found = _run(plain_attention, inputs, options), results(inputs, options, impl)
     for name, truth in exact.items():
         assert found[name].dtype == inputs.get(name, inputs["query"]).dtype
         assert error(found[name], truth) <= max(1e-5, 2 * error(plain[name], truth)), name

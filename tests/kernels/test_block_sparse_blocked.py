@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.memory import LargestTensor
-from kernels.block_sparse_attention import BlockPattern, block_sparse_attention, blocked, pieces
+from kernels.block_sparse_attention import BlockPattern, block_sparse_attention, blocked, parts, pieces
 from tests.kernels.block_cases import CASES, KINDS, build, drawn_cases, make_block_valid, make_pattern
 from tests.kernels.window import assert_same, error, in_double, make_inputs, run
 
@@ -37,8 +37,19 @@ def test_blocked_is_the_oracle_on_drawn_cases(case):
 def test_pieces_and_chunks_do_not_matter(monkeypatch, kind, mask, piece_keys, scores):
     """Rows in pieces of a few blocks, whose results are merged; products of few and of many rows."""
     monkeypatch.setattr(pieces, "PIECE_KEYS", piece_keys)
-    monkeypatch.setattr(blocked, "SCORES_PER_THREAD", scores)
+    monkeypatch.setattr(parts, "SCORES_PER_THREAD", scores)
     assert_is_the_oracle(*build((kind, 10, 1, 10, 2, mask), dropout=0.3))
+
+
+@pytest.mark.parametrize("num_pairs", [0, 1, 2, 3, 4, 7, 11, 100])
+@pytest.mark.parametrize("mask", ["none", "ragged", "holes"])
+def test_heads_and_examples_that_are_computed_together_do_not_matter(monkeypatch, num_pairs, mask):
+    """From one head of one example at a time to everything at once."""
+    inputs, options = build(("many_random", 12, 1, 12, 3, mask), dropout=0.3)
+    inputs = {name: torch.cat([tensor, tensor.flip(0), 2 * tensor]).detach() for name, tensor in inputs.items()}
+    options["valid"] = options["valid"] if mask == "none" else torch.cat([options["valid"]] * 3)
+    monkeypatch.setattr(parts, "BYTES_OF_HEADS", num_pairs * 12 * 4 * 3 * 8)
+    assert_is_the_oracle(inputs, options)
 
 
 @pytest.mark.parametrize("block_size, head_dim, seq_len", [(1, 1, 19), (5, 7, 64), (16, 8, 161), (64, 16, 700)])
@@ -127,7 +138,7 @@ def largest_tensors(kind, seq_len, dropout=0.0):
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["plain", "dropout"])
 @pytest.mark.parametrize("kind", ["bigbird", "etc", "uniform"])
 def test_no_tensor_is_larger_than_inputs_and_a_chunk(monkeypatch, kind, dropout):
-    monkeypatch.setattr(blocked, "SCORES_PER_THREAD", 2**12)
+    monkeypatch.setattr(parts, "SCORES_PER_THREAD", 2**12)
     for seq_len in (2048, 4096):
         assert max(largest_tensors(kind, seq_len, dropout)) <= 2 * max(4 * seq_len, 16 * pieces.PIECE_KEYS)
 
@@ -135,10 +146,8 @@ def test_no_tensor_is_larger_than_inputs_and_a_chunk(monkeypatch, kind, dropout)
 def test_no_row_has_to_be_listed():
     """A pattern whose rows all see nothing gives no chunk at all."""
     pattern = make_pattern("nothing", 40, 4, 2)
-    work = pieces.chunks(
-        pieces.Layout(pattern.lists, pattern.plan_of_length, 4, 0, 0, 0), [10, 10], torch.ones(2, 10, 4) > 0, 100
-    )
-    assert list(work) == []
+    layout = pieces.Layout(pattern.lists, pattern.plan_of_length, block_size=4, front=0, back=0, window=0)
+    assert list(pieces.chunks(layout, [10, 10], range(2), torch.ones(2, 10, 4) > 0, max_scores=100)) == []
 
 
 def test_operators_keep_what_they_promise():

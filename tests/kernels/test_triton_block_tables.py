@@ -5,6 +5,7 @@ The programs of a launch are run over a batch that holds an example of every len
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.block_sparse_attention import BlockPattern, tables
+from kernels.block_sparse_attention import BlockPattern
 from kernels.block_sparse_attention.items import block_of_merge, entry, work_of_program
 from kernels.block_sparse_attention.launch import fit
 from kernels.block_sparse_attention.lengths import block_lengths
-from kernels.block_sparse_attention.tables import CHUNK, NOTHING, Tables, device_tables
+from kernels.block_sparse_attention.tables import CHUNK, NOTHING, device_tables
 from tests.kernels.block_cases import FIXED_LENGTH, KINDS, make_pattern
 
 pytestmark = pytest.mark.interpreter
@@ -30,7 +31,7 @@ def _count(
     blocks_ptr, plan_ptr, num_examples, N, num_parts, num_items, num_merges, H: tl.constexpr,
     FRONT: tl.constexpr, BACK: tl.constexpr, WINDOW: tl.constexpr, HAS_LISTS: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """A program of the kernels that compute, or, past the last of them, of those that merge; blocks are of one token."""
+    """A program of the kernels that compute, or, past the last, of those that merge; blocks are of one token."""
     program = tl.program_id(0)
     num_programs = (num_parts + num_items) * H * num_examples
     if program < num_programs:
@@ -146,14 +147,13 @@ def test_a_pattern_that_is_dense_everywhere_is_not_cut():
 
 def test_tables_are_made_once_and_go_with_their_pattern():
     pattern = make_pattern("bigbird", 10, 1, 1)
-    held = len(tables.held)
-    found = device_tables(pattern, CPU)
-    assert device_tables(pattern, CPU) is found and len(tables.held) == held + 1
+    found, freed = device_tables(pattern, CPU), weakref.ref(pattern)
+    assert device_tables(pattern, CPU) is found
     other = device_tables(copy.deepcopy(pattern), CPU)
     assert other is not found and all(ours.equal(theirs) for ours, theirs in zip(other, found, strict=True))
     del pattern
     gc.collect()
-    assert len(tables.held) == held
+    assert freed() is None
 
 
 @pytest.mark.parametrize("follows_length", [True, False])

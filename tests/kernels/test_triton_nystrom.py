@@ -34,12 +34,12 @@ def test_every_width_of_head(head_dim):
 
 
 @pytest.mark.parametrize("programs", [1, 7, 10**6])
-@pytest.mark.parametrize("num_landmarks", [4, 40, 200])
+@pytest.mark.parametrize("num_landmarks", [4, 70, 100])
 def test_any_number_of_parts(monkeypatch, num_landmarks, programs):
     """Of tokens, and where there are many landmarks of these; what tokens get through landmarks counts once."""
     monkeypatch.setattr(launch, "PROGRAMS", programs)
-    inputs = with_taps(make_inputs(150, batch=1, num_heads=1), 9)
-    assert_is_the_oracle(inputs, {"num_landmarks": num_landmarks, "valid": make_valid("tail", 1, 150)}, "triton", 1e-11)
+    inputs = with_taps(make_inputs(100, batch=1, num_heads=1), 9)
+    assert_is_the_oracle(inputs, {"num_landmarks": num_landmarks, "valid": make_valid("tail", 1, 100)}, "triton", 1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -50,11 +50,11 @@ def test_error_is_at_most_twice_that_of_the_formula_in_the_same_dtype(case, dtyp
     assert_as_good_as_plain(inputs, options, "triton")
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_lengths_and_masks_are_the_oracle(data):
     draw = data.draw
-    seq_len, num_landmarks = draw(st.integers(1, 40)), draw(st.integers(1, 42))
+    seq_len, num_landmarks = draw(st.integers(1, 36)), draw(st.integers(1, 38))
     sizes = {"num_heads": draw(st.integers(1, 2)), "head_dim": draw(st.sampled_from([4, 20])), "batch": 1}
     inputs = with_taps(
         make_inputs(seq_len, **sizes, seed=draw(st.integers(0, 9))), draw(st.sampled_from([0, 1, 7, 33]))
