@@ -21,7 +21,7 @@ from benchmarks.tables import MAX_SHARE, MAX_SLOPE, all_tables, mechanism_of
 from benchmarks.timing import Row, environment, write_csv
 
 # each is a file of this folder with a description `MECHANISM`
-MECHANISMS = ("window", "block_sparse")
+MECHANISMS = ("window", "block_sparse", "nystrom")
 ALL = "all"
 MIN_COLUMNS = 130
 MIN_GPU_COLUMNS = 200

@@ -9,7 +9,7 @@ from kernels.window_attention import global_positions, global_rows_attention, wi
 
 FORWARD, BOTH = "forward", "forward+backward"
 OURS, LONGFORMER, DENSE, FLEX = "ours", "transformers Longformer", "dense SDPA", "compiled FlexAttention"
-BIGBIRD = "transformers BigBird"
+BIGBIRD, NYSTROMFORMER = "transformers BigBird", "transformers Nyströmformer"
 
 
 @dataclass(frozen=True)

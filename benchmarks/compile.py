@@ -23,7 +23,8 @@ from rich.table import Table
 
 from benchmarks import assembly
 from benchmarks.assembly import ctas_per_multiprocessor
-from benchmarks.compile_cases import HELPER_KERNELS, KERNELS, WINDOW_KERNELS, Case, all_cases, shipped_cases, subset
+from benchmarks.compile_case import WIDE, Case
+from benchmarks.compile_cases import HELPER_KERNELS, KERNELS, WGMMA_KERNELS, all_cases, shipped_cases, subset
 from benchmarks.timing import environment, write_csv
 from kernels import tile_table
 
@@ -138,7 +139,7 @@ def _judge_products(row):
     if row.arch != "sm_90" or not row.hmma:
         return [], []
     height = left_rows(row)
-    must = row.kernel in WINDOW_KERNELS and row.head_dim in WGMMA_HEAD_DIMS and row.dtype != "float32"
+    must = row.kernel in WGMMA_KERNELS and row.head_dim in WGMMA_HEAD_DIMS and row.dtype != "float32"
     if must:
         return [], [f"{row.hmma} mma beside {row.hgmma} wgmma instructions, with {height} rows"]
     if height < WGMMA_ROWS:
@@ -148,7 +149,7 @@ def _judge_products(row):
 
 def left_rows(row: Row) -> int:
     """Rows of the left operand of a kernel's products: keys where their gradients are computed, else queries."""
-    is_by_keys = row.kernel in ("window_key_grad", "global_columns", "global_rows_key_grad")
+    is_by_keys = row.kernel == "global_columns" or row.kernel.endswith("key_grad")
     return (row.block_n if is_by_keys else row.block_m) or 0
 
 
@@ -192,7 +193,7 @@ def cells(row: Row) -> list[str]:
     if row.registers is not None:
         spilled = f"{row.stack_bytes}/{row.spill_stores}/{row.spill_loads}"
         shared = f"{(row.shared_bytes or 0) / 1024:.0f}"
-    seen = row.num_seen if row.kernel in WINDOW_KERNELS else None
+    seen = row.num_seen if row.num_seen != WIDE else None
     entries = (
         row.kernel, row.arch, SHORT[row.dtype], row.head_dim, row.features, seen, tiles, row.registers, spilled, shared,
         row.ctas, row.hgmma, row.hmma, row.tcgen05, row.num_instructions,

@@ -118,6 +118,38 @@ class SparseOnly(torch.nn.Module):
         return out
 
 
+def nystromformer_self_attention(
+    dim: int, num_heads: int, seq_len: int, num_landmarks: int, num_taps: int
+) -> "FirstOutput":
+    """Hugging Face's NystromformerSelfAttention on its Nyström path: [B, T, dim] -> [B, T, dim].
+
+    T must be `seq_len`, a multiple of `num_landmarks`; the pseudo-inverse begins with one factor for the whole batch.
+    """
+    from transformers import NystromformerConfig
+    from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
+
+    config = NystromformerConfig(
+        hidden_size=dim,
+        num_attention_heads=num_heads,
+        num_landmarks=num_landmarks,
+        segment_means_seq_len=seq_len,
+        conv_kernel_size=num_taps,
+    )
+    return FirstOutput(NystromformerSelfAttention(config))
+
+
+class FirstOutput(torch.nn.Module):
+    """A module that returns a tuple, for a text without padding."""
+
+    def __init__(self, attention: torch.nn.Module):
+        super().__init__()
+        self.attention: torch.nn.Module = attention
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
+        return self.attention(x)[0]
+
+
 def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attention to every key, by the backend that PyTorch takes."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))

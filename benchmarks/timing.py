@@ -146,6 +146,8 @@ class Row:
     mechanism: str | None = None  # on a CPU, as the file that describes it; on a GPU the table says it
     block_size: int | None = None  # of block-sparse attention, in tokens
     num_random_blocks: int | None = None  # in each row of blocks
+    num_landmarks: int | None = None  # of Nyström attention
+    num_taps: int | None = None  # of its convolution, where that is measured
     tflops: float | None = None  # useful work a second: 4 and 10 (backward) times pairs times head_dim; projections
     ceiling_share: float | None = None  # of the rate of a large matrix product in the same dtype and run
     roofline_share: float | None = None  # of the speed that bytes and operations of the useful work allow

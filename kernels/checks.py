@@ -35,6 +35,18 @@ def empty_result(query: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(query) + sum(tensor[:0].sum() for tensor in (query, *others))
 
 
+def check_count(name: str, value: int, minimum: int) -> None:
+    """ValueError unless `value` is a whole number of at least `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} is {value!r}, it must be a whole number of at least {minimum}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """ValueError unless `value` is among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(map(repr, choices))}")
+
+
 def under_autocast(*tensors: torch.Tensor | None) -> list:
     """The tensors in the dtype of autocast where it is on, as scaled_dot_product_attention casts: float64 stays."""
     device_type = next(tensor.device.type for tensor in tensors if tensor is not None)

@@ -7,25 +7,14 @@ block that is drawn although the row has it already counts twice).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from kernels.block_sparse_attention import BlockPattern
+
 WINDOW, GLOBAL, RANDOM, SEEN, REPEATED = "window", "global", "random", "seen", "counted again"
-
-
-class BlockPattern(Protocol):
-    """What the reports read of a `kernels.block_sparse_attention.BlockPattern`."""
-
-    seq_len: int
-    block_size: int
-    num_heads: int
-    num_blocks: int
-    front: int
-    back: int
-    window: int
-
-    def counts(self, num_blocks: int) -> Any: ...
 
 
 def block_parts(pattern: BlockPattern, counts: np.ndarray, listed: str = RANDOM) -> dict[str, np.ndarray]:

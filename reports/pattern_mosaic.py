@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from reports import style
-from reports.pattern_blocks import GLOBAL, RANDOM, REPEATED, SEEN, WINDOW, BlockPattern, block_parts
+from reports.pattern_blocks import GLOBAL, RANDOM, REPEATED, SEEN, WINDOW, block_parts
+
+if TYPE_CHECKING:
+    from kernels.block_sparse_attention import BlockPattern
 
 MAX_CELLS = 128  # per side of a panel: more than its pixels can show
 MAX_RULED = 64  # per side: more lines between cells would be a grey veil

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from configs.messages import nearest
 from reports.errors import ReportError
 
+WHOLE_NUMBER = re.compile(r"-?\d+")
+
 
 def whole_number(text: str, name: str, low: int, high: int) -> int:
     """ "64" -> 64; ReportError outside of low..high."""
-    if not text.lstrip("-").isdecimal() or not low <= int(text) <= high:
+    if not WHOLE_NUMBER.fullmatch(text) or not low <= int(text) <= high:
         raise ReportError(f"{name}={text}: expected a whole number from {low:,} to {high:,}")
     return int(text)
 
@@ -18,7 +21,7 @@ def whole_number(text: str, name: str, low: int, high: int) -> int:
 def whole_numbers(text: str, name: str, low: int, high: int) -> tuple[int, ...]:
     """ "[1,2]" -> (1, 2), "1" -> (1,); ReportError where one is outside of low..high."""
     entries = [entry.strip() for entry in text.removeprefix("[").removesuffix("]").split(",")]
-    if not all(entry.lstrip("-").isdecimal() and low <= int(entry) <= high for entry in entries):
+    if not all(WHOLE_NUMBER.fullmatch(entry) and low <= int(entry) <= high for entry in entries):
         raise ReportError(f"{name}={text}: expected whole numbers from {low:,} to {high:,}, such as [1,2]")
     return tuple(map(int, entries))
 

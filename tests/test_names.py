@@ -30,6 +30,7 @@ TRITON_PLACES = (
     "kernels/nystrom_attention/",
     "kernels/window_attention/",
     "benchmarks/assembly.py",
+    "benchmarks/compile_",
     "tests/kernels/test_triton_",
 )
 WANDB_PLACE = "training/tracking.py"

@@ -33,8 +33,9 @@ def block_sparse_attention(
             Under autocast all are cast to its dtype first, as scaled_dot_product_attention does.
         pattern: which blocks, and how often each counts: a block of multiplicity m weighs as m copies of its keys.
         valid: [B, T] bool, True = real. Other keys are never seen; rows standing at them are zeros without gradient.
-            By default an example's pattern is that of its own length, up to its last valid token: what stands behind
-            it and beside it in the batch changes nothing. Patterns made with `compat` take the padded length.
+            What stands there must be finite, as nothing times nan or inf is nan. By default an example's pattern is
+            that of its own length, up to its last valid token: what stands behind it and beside it in the batch
+            changes nothing. Patterns made with `compat` take the padded length.
         scale: factor on the scores, D ** -0.5 if None.
         dropout: probability with which a pair of query and key is dropped, together with all its repetitions; the rest
             is divided by 1 - dropout. (The released code drops nothing when sparse.)

@@ -5,6 +5,7 @@ import torch
 
 from kernels.block_sparse_attention.bigbird import FOCUS_TOKENS, GRID_TOKENS, OLD_PLAN_TOKENS, new_plan, old_plan
 from kernels.block_sparse_attention.lists import BlockLists, draw_unseen, lists_of_counts, lists_of_slots, unseen
+from kernels.checks import check_count
 
 COMPAT = ("tf", "hf_train", "hf_eval")
 LEAST_RELEASED = 4  # blocks: the released code computes rows 0, 1, N - 2 and N - 1 by themselves
@@ -104,8 +105,10 @@ def released_plan(
 def _why_released_stops(compat, block_size, num_random, is_old):
     if is_old and compat != "hf_eval":
         return f"as its old plan has too few blocks to draw from in the first {FOCUS_TOKENS} tokens"
-    least = LEAST_RELEASED if compat == "hf_eval" else longest_short(num_random) + 1
-    return f"it needs {least} blocks, {least * block_size} tokens"
+    if compat == "hf_eval":
+        return f"it needs {LEAST_RELEASED} blocks, {LEAST_RELEASED * block_size} tokens"
+    longest = longest_short(num_random)
+    return f"as in some other lengths of up to {longest} blocks, {longest * block_size} tokens"
 
 
 def uniform_plans(
@@ -154,12 +157,6 @@ def _everything_else(num_heads, num_blocks, length, front, back):
     return lists_of_counts(counts)
 
 
-def check_count(name: str, value: int, minimum: int) -> None:
-    """ValueError unless `value` is a whole number of at least `minimum`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} is {value!r}, it must be a whole number of at least {minimum}")
-
-
 def check_counts(**values: int) -> None:
     """ValueError naming the first that is no whole number of at least 1."""
     for name, value in values.items():
@@ -178,12 +175,6 @@ def check_window(window: int) -> None:
     check_count("window", window, 0)
     if window and window % 2 == 0:
         raise ValueError(f"window is {window} blocks, it must be odd (the row's own and as many on each side) or 0")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """ValueError unless `value` is among the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(map(repr, choices))}")
 
 
 def check_mask(mask: torch.Tensor | np.ndarray, num_heads: int | None) -> np.ndarray:

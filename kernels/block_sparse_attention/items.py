@@ -21,8 +21,8 @@ def work_of_program(
 ):  # fmt: skip
     """(batch, head, tile, item, num_open, block, has_work, first, last, extent, listed) of a program.
 
-    Its work are the entries [first, last) of a block. Programs count heads first, which lie side by side in memory, then
-    the TILES tiles of a block, then items, of which the first `num_parts` are parts, then examples. num_open as in
+    Its work are the entries [first, last) of a block. Programs count heads first, which lie side by side in memory,
+    then the TILES tiles of a block, then items, of which the first `num_parts` are parts, then examples. num_open as in
     `example_of`, the rest as in `block_of_item`.
     """
     head, tile, item, batch = _indices(program, num_parts + num_items, H, TILES)

@@ -38,6 +38,17 @@ def no_lists(num_heads: int, num_blocks: int) -> BlockLists:
     return _pack(np.zeros((num_heads, num_blocks), dtype=np.int64), np.zeros(0))
 
 
+def first_rows(lists: BlockLists, num_blocks: int) -> BlockLists:
+    """The lists of the first `num_blocks` rows, without entries past them."""
+    offsets, entries = (table.numpy().astype(np.int64) for table in lists)
+    sizes = np.diff(offsets)
+    row = np.repeat(np.arange(sizes.size) % sizes.shape[1], sizes.ravel())
+    head = np.repeat(np.arange(sizes.size) // sizes.shape[1], sizes.ravel())
+    kept = (row < num_blocks) & (entries < num_blocks)
+    places = head[kept] * num_blocks + row[kept]
+    return _pack(np.bincount(places, minlength=len(sizes) * num_blocks).reshape(-1, num_blocks), entries[kept])
+
+
 def _pack(lengths, blocks):
     """From the lengths [H, N] of the rows and all their blocks, head by head and row by row."""
     num_heads, num_blocks = lengths.shape

@@ -32,7 +32,7 @@ def block_sparse_attention(
     query, scale = (query, scale) if scale > 0 else (query * scale, 1.0)
     dtype = query.dtype
     query, key, value = interpreted_inputs(query, key, value)
-    tables = device_tables(pattern, query.device)
+    tables = device_tables(pattern, query.device, -(-query.shape[1] // pattern.block_size))
     lengths = None
     if valid is not None:
         lengths = _block_lengths(valid, tables.plan_of_length, pattern.block_size, pattern.follows_length)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from kernels.block_sparse_attention import builders
-from kernels.block_sparse_attention.lists import BlockLists, lists_of_counts, no_lists, window_ends
+from kernels.block_sparse_attention.lists import BlockLists, first_rows, lists_of_counts, no_lists, window_ends
+from kernels.checks import check_choice, check_count
 
 _numbers = itertools.count()
 _patterns: WeakValueDictionary[str, "BlockPattern"] = WeakValueDictionary()
@@ -51,11 +52,14 @@ class BlockPattern:
     plan_of_length: tuple[int, ...]
     follows_length: bool = True
     key: str = field(init=False, repr=False, default="")  # its name in this process
-    tables: dict = field(init=False, repr=False, default_factory=dict)  # what the kernels made of it, by device
+    # what the kernels made of it, by device or by device and size, and the devices for which a call outside of a
+    # compiler has made tables for all lengths
+    tables: dict = field(init=False, repr=False, default_factory=dict)
+    devices: set = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self):
         for name, minimum in {"seq_len": 1, "block_size": 1, "num_heads": 1, "front": 0, "back": 0}.items():
-            builders.check_count(name, getattr(self, name), minimum)
+            check_count(name, getattr(self, name), minimum)
         builders.check_window(self.window)
         if len(self.plan_of_length) != self.num_blocks + 1:
             raise ValueError(
@@ -109,16 +113,16 @@ class BlockPattern:
             ValueError: a count out of range, an unknown word, a length for which the released code has no pattern.
         """
         builders.check_counts(seq_len=seq_len, block_size=block_size, num_heads=num_heads)
-        builders.check_count("num_random_blocks", num_random_blocks, 0)
+        check_count("num_random_blocks", num_random_blocks, 0)
         builders.check_seed(seed)
-        builders.check_choice("global_blocks", global_blocks, ("ends", "front"))
+        check_choice("global_blocks", global_blocks, ("ends", "front"))
         num_blocks = -(-seq_len // block_size)
         front, back = (1, 1) if global_blocks == "ends" else (2, 0)
         sizes = (num_blocks, block_size, num_heads, num_random_blocks)
         if compat is None:
             plans = builders.bigbird_plans(*sizes, seed, front=front, back=back, full_when_short=full_when_short)
         else:
-            builders.check_choice("compat", compat, builders.COMPAT)
+            check_choice("compat", compat, builders.COMPAT)
             builders.check_counts(max_position_embeddings=max_position_embeddings)
             if global_blocks != "ends":
                 raise ValueError(f"compat is {compat!r}, global_blocks must be 'ends': the released code has no other")
@@ -132,7 +136,7 @@ class BlockPattern:
         `seq_len` counts the global tokens, which the caller puts in front: `num_global_blocks` blocks of them.
         """
         builders.check_counts(seq_len=seq_len, block_size=block_size, num_heads=num_heads)
-        builders.check_count("num_global_blocks", num_global_blocks, 0)
+        check_count("num_global_blocks", num_global_blocks, 0)
         num_blocks = -(-seq_len // block_size)
         plans = ((no_lists(num_heads, num_blocks),), (0,) * (num_blocks + 1))
         return cls(seq_len, block_size, num_heads, num_global_blocks, 0, builders.WINDOW, *plans)
@@ -161,7 +165,7 @@ class BlockPattern:
         """
         builders.check_counts(seq_len=seq_len, block_size=block_size, num_heads=num_heads)
         for name, value in {"num_random_blocks": num_random_blocks, "front": front, "back": back}.items():
-            builders.check_count(name, value, 0)
+            check_count(name, value, 0)
         builders.check_seed(seed)
         builders.check_window(window)
         num_blocks = -(-seq_len // block_size)
@@ -204,6 +208,15 @@ class BlockPattern:
         blocks = range(-(-seq_len // block_size))
         mask = np.array([[int(function(row, column)) for column in blocks] for row in blocks])
         return cls.from_mask(mask, block_size, seq_len, num_heads)
+
+    def shortened(self, num_blocks: int) -> "BlockPattern":
+        """The same pattern for examples of at most `num_blocks` blocks."""
+        plan_of_length = self.plan_of_length[: num_blocks + 1]
+        used = sorted(set(plan_of_length))
+        lists = tuple(first_rows(self.lists[plan], num_blocks) for plan in used)
+        plans = tuple(used.index(plan) for plan in plan_of_length)
+        ends = (self.front, self.back, self.window)
+        return BlockPattern(num_blocks * self.block_size, self.block_size, self.num_heads, *ends, lists, plans)
 
     @property
     def num_blocks(self) -> int:

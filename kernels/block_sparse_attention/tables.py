@@ -59,28 +59,44 @@ class _Plan(NamedTuple):
     blocks: np.ndarray
 
 
-def device_tables(pattern: BlockPattern, device: torch.device) -> Tables:
-    """The tables of a pattern on a device, made at the first call and kept with the pattern."""
-    if torch.compiler.is_compiling():
-        _make_tables(pattern.key, device)
-    elif device not in pattern.tables:
-        _make(pattern, device)
+def device_tables(pattern: BlockPattern, device: torch.device, num_blocks: int | None = None) -> Tables:
+    """The tables of a pattern on a device, made at the first call and kept with the pattern.
+
+    For texts of up to `num_blocks` blocks, by default all that the pattern serves: a short text need not pay for the
+    programs and the memory of the longest. Such tables are made for lengths that halve from one to the next, and not
+    under a compiler, which would compile anew for each.
+    """
+    if num_blocks is not None and pattern.follows_length and not torch.compiler.is_compiling():
+        size = pattern.num_blocks
+        while num_blocks <= size // 2:
+            size //= 2
+        if size < pattern.num_blocks:
+            if (device, size) not in pattern.tables:
+                pattern.tables[device, size] = _make(pattern.shortened(size), device)
+            return pattern.tables[device, size]
+    # where an earlier call has made them, the graph of one compiled layer serves the layers of all such patterns
+    if device not in pattern.devices:
+        if torch.compiler.is_compiling():
+            _make_in_compiler(pattern.key, device)
+        elif device not in pattern.tables:
+            pattern.tables[device] = _make(pattern, device)
+            pattern.devices.add(device)
     return pattern.tables[device]
 
 
 # a compiler that meets a pattern without tables has them made on the spot, and then finds them where they belong; in
-# torch 2.11 it can hand over the key alone
+# torch 2.11 it can hand over the key alone, and what it has looked into, as `devices`, must stay as it was
 @torch.compiler.assume_constant_result
-def _make_tables(key: str, device: torch.device) -> None:
+def _make_in_compiler(key: str, device: torch.device) -> None:
     pattern = pattern_of(key)
     if device not in pattern.tables:
-        _make(pattern, device)
+        pattern.tables[device] = _make(pattern, device)
 
 
 def _make(pattern, device):
     # tensors of inference mode could not be saved for a backward pass
     with torch.inference_mode(False):
-        pattern.tables[device] = Tables(*(torch.from_numpy(table).to(device) for table in _build(pattern)))
+        return Tables(*(torch.from_numpy(table).to(device) for table in _build(pattern)))
 
 
 def _build(pattern) -> Iterator[np.ndarray]:

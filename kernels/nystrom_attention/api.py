@@ -81,8 +81,10 @@ def nystrom_attention(
     impl = dispatch.choose_path("nystrom_attention", impl, query, why_not_triton)
     if query.numel() == 0:
         return empty_result(query, key, value, *([] if conv_weight is None else [conv_weight]))
-    if compat == "original" and valid is not None:
-        query, key, value = (tensor.masked_fill(~valid[:, :, None, None], 0.0) for tensor in (query, key, value))
+    if compat is not None and valid is not None:
+        if compat == "original":
+            query, key, value = (tensor.masked_fill(~valid[:, :, None, None], 0.0) for tensor in (query, key, value))
+        valid = valid | ~valid.any(dim=1, keepdim=True)  # a mask that is added hides nothing where it hides all
     options = {
         "num_landmarks": num_landmarks,
         "scale": query.shape[-1] ** -0.5 if scale is None else scale,

@@ -1,5 +1,6 @@
 """What Nyström attention refuses beyond what all attention functions do."""
 
+from kernels.checks import check_choice, check_count
 from kernels.nystrom_attention.inverse import INITS
 
 COMPAT = ("hf", "original")
@@ -14,14 +15,11 @@ def check_arguments(query, key, num_landmarks, pinv_iterations, pinv_init, conv_
         )
     if key.shape[1] != seq_len:
         raise ValueError(f"query has {seq_len} tokens and key {key.shape[1]}: landmarks need one text for both")
-    if num_landmarks < 1:
-        raise ValueError(f"num_landmarks is {num_landmarks}, it must be at least 1")
-    if pinv_iterations < 1:
-        raise ValueError(f"pinv_iterations is {pinv_iterations}, it must be at least 1")
-    if pinv_init not in INITS:
-        raise ValueError(f"pinv_init is {pinv_init!r}, it must be one of {', '.join(INITS)}")
-    if compat not in (None, *COMPAT):
-        raise ValueError(f"compat is {compat!r}, it must be None or one of {', '.join(COMPAT)}")
+    check_count("num_landmarks", num_landmarks, 1)
+    check_count("pinv_iterations", pinv_iterations, 1)
+    check_choice("pinv_init", pinv_init, INITS)
+    if compat is not None:
+        check_choice("compat", compat, COMPAT)
     if compat is not None and seq_len > num_landmarks and seq_len % num_landmarks:
         raise ValueError(f"compat={compat!r} needs a length that {num_landmarks} landmarks divide, got {seq_len}")
     if conv_weight is not None:

@@ -1,7 +1,6 @@
 """What the launches of the two softmax passes take beside their tensors."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,17 +35,8 @@ class Tables(NamedTuple):
 
 def make_tables(tokens: torch.Tensor, num_landmarks: int, counted: torch.Tensor | None, dtype: torch.dtype) -> Tables:
     """Tables of texts like tokens [B, T, H, D], of which those counted [B, T] are in landmarks; shares in `dtype`."""
-    if counted is None:
-        return _of_whole_texts(tokens.shape[1], num_landmarks, dtype, tokens.device)
-    return _tables(cut(tokens.shape[1], num_landmarks, counted, dtype=dtype, device=tokens.device))
-
-
-@lru_cache(maxsize=64)
-def _of_whole_texts(seq_len, num_landmarks, dtype, device):
-    return _tables(cut(seq_len, num_landmarks, None, dtype=dtype, device=device))
-
-
-def _tables(segments):
+    # in every call: kept ones would be garbage to whoever reads them while the CUDA graph that made them has not run
+    segments = cut(tokens.shape[1], num_landmarks, counted, dtype=dtype, device=tokens.device)
     return Tables(segments.start, segments.index.int(), segments.share, segments.real, segments.single)
 
 

@@ -50,7 +50,7 @@ def _nystrom_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     options = {"iterations": iterations, "init": init}
     out, saved = passes.nystrom_fwd(query, key, value, valid, counted, num_landmarks, scale, options)
-    return out, *saved
+    return out, *saved  # type: ignore[return-value]
 
 
 @_nystrom_forward.register_fake
@@ -94,8 +94,8 @@ def _nystrom_grads(ctx, out_grad, *others):
     none = [None] * 6
     if out_grad is None:
         return None, None, None, *none
-    *inputs, out = ctx.saved_tensors[:6]
-    return *_nystrom_backward(out_grad, *inputs, out, list(ctx.saved_tensors[6:]), *ctx.options), *none
+    saved = ctx.saved_tensors
+    return *_nystrom_backward(out_grad, *saved[:6], list(saved[6:]), *ctx.options), *none
 
 
 _nystrom_forward.register_autograd(_nystrom_grads, setup_context=_nystrom_setup)

@@ -73,4 +73,5 @@ def convolve(value: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     """value [B, H, T, D], taps [H, K]: sum over j of taps[h, j] value[t + j - K // 2], zeros outside the text."""
     seq_len, num_taps = value.shape[2], taps.shape[1]
     padded = torch.nn.functional.pad(value, (0, 0, num_taps // 2, num_taps // 2))
-    return sum(taps[:, j, None, None] * padded[:, :, j : j + seq_len] for j in range(num_taps))
+    shifted = [taps[:, j, None, None] * padded[:, :, j : j + seq_len] for j in range(num_taps)]
+    return torch.stack(shifted).sum(0)

@@ -56,12 +56,9 @@ def nystrom_attention(
 def attend(query, key, value, seen, scale):
     """Softmax attention of query [B, T, H, D] over those of key, value [B, S, H, D] that are seen, [B, S] or None.
 
-    An example that sees nothing gets zeros.
+    An example that sees nothing gets something finite.
     """
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    mask = None
-    if seen is not None:
-        none = ~seen.any(dim=1, keepdim=True)
-        mask = (seen | none)[:, None, None]  # a softmax needs a key
-        value = value.masked_fill(none[:, :, None, None], 0.0)
+    # a softmax needs a key
+    mask = None if seen is None else (seen | ~seen.any(dim=1, keepdim=True))[:, None, None]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)

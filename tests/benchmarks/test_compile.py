@@ -10,7 +10,8 @@ from rich.console import Console
 from benchmarks import compile as report
 from benchmarks.assembly import Resources, ctas_per_multiprocessor, parse
 from benchmarks.compile import ALLOWED_SPILLS, Row, judge, markdown, record_shared_memory, show
-from benchmarks.compile_cases import HELPER_KERNELS, KERNELS, MAX_CASES, Case, all_cases, shipped_cases, subset
+from benchmarks.compile_cases import HELPER_KERNELS, KERNELS, MAX_CASES, all_cases, shipped_cases, subset
+from benchmarks.compile_window import WindowCase
 from benchmarks.timing import environment
 from kernels import tile_table
 from tests.helpers import run_python
@@ -223,12 +224,12 @@ def test_fixed_subset_has_no_defect(tmp_path):
 def test_an_absurd_tile_is_found_to_spill():
     code = """
 from benchmarks.compile import measure
-from benchmarks.compile_cases import Case
+from benchmarks.compile_window import WindowCase
 from kernels import tile_table
 
 tiles = {"BLOCK_M": 128, "BLOCK_N": 64, "SPLIT": False, "num_warps": 4, "num_stages": 2}
 with tile_table.trial("window_query_grad", tiles):
-    row = measure(Case("window_query_grad", "sm_80", "bfloat16", 128))
+    row = measure(WindowCase("window_query_grad", "sm_80", "bfloat16", 128))
 print(row.stack_bytes, row.hmma, row.defect)
 """
     done = run_python("-c", code, TRITON_INTERPRET="0")
@@ -242,12 +243,12 @@ print(row.stack_bytes, row.hmma, row.defect)
 def test_a_launch_that_does_not_compile_is_a_defect_with_its_reason():
     code = """
 from benchmarks.compile import measure
-from benchmarks.compile_cases import Case
+from benchmarks.compile_window import WindowCase
 from kernels import tile_table
 
 tiles = {"BLOCK_M": 48, "BLOCK_N": 64, "SPLIT": False, "num_warps": 4, "num_stages": 2}
 with tile_table.trial("window_forward", tiles):
-    print(measure(Case("window_forward", "sm_80", "bfloat16", 64)).defect)
+    print(measure(WindowCase("window_forward", "sm_80", "bfloat16", 64)).defect)
 """
     done = run_python("-c", code, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
@@ -266,6 +267,6 @@ def test_the_table_is_updated_from_every_row_alone(capsys):
 
 
 def test_names_tell_what_a_launch_has():
-    case = Case("window_forward", "sm_90", "bfloat16", 64, 640, causal=True, has_valid=True, num_globals=1)
+    case = WindowCase("window_forward", "sm_90", "bfloat16", 64, 640, causal=True, has_valid=True, num_globals=1)
     assert case.name == "window_forward sm_90 bfloat16 D64 seen 640 causal+valid+globals 1"
-    assert Case("window_key_grad", "sm_80", "float32", 16).name == "window_key_grad sm_80 float32 D16 plain"
+    assert WindowCase("window_key_grad", "sm_80", "float32", 16).name == "window_key_grad sm_80 float32 D16 plain"

@@ -25,6 +25,8 @@ CASES = {
     "hf": (24, 4, 2, 8, 5, "tail", "hf"),
     "hf_exact": (12, 12, 1, 8, 5, "tail", "hf"),
     "original": (24, 4, 2, 8, 5, "holes", "original"),
+    "hf_all_masked": (24, 4, 1, 4, 5, "one_all_masked", "hf"),
+    "hf_exact_all_masked": (12, 12, 1, 4, 5, "one_all_masked", "hf"),
     "original_all_masked": (24, 12, 1, 4, 5, "one_all_masked", "original"),
 }
 

@@ -174,7 +174,7 @@ def test_in_eval_mode_of_hugging_face_block_0_counts_more():
 def test_lengths_at_which_the_released_code_stops_are_named(num_blocks, compat):
     message = (
         rf"seq_len is {num_blocks} blocks of 64: with compat '{compat}' and num_random_blocks 3 the released code "
-        r"stops there, it needs 12 blocks, 768 tokens"
+        r"stops there, as in some other lengths of up to 11 blocks, 704 tokens"
     )
     with pytest.raises(ValueError, match=message):
         BlockPattern.bigbird(num_blocks * 64 - 5, compat=compat)

@@ -48,8 +48,9 @@ def test_it_is_the_formula(iterations, init, impl):
 
 
 @PATHS
-def test_hf_hides_padding_from_the_landmarks_queries_alone(impl):
-    inputs, valid = with_taps(make_inputs(24, num_heads=3, head_dim=8), 5), make_valid("tail", 2, 24)
+@pytest.mark.parametrize("mask", ["tail", "holes"])
+def test_hf_hides_padding_from_the_landmarks_queries_alone(mask, impl):
+    inputs, valid = with_taps(make_inputs(24, num_heads=3, head_dim=8), 5), make_valid(mask, 2, 24)
     bias = torch.zeros(2, 1, 1, 24).masked_fill(~valid[:, None, None], -1e9).double()
     taps = inputs["conv_weight"].detach()
     expected = by_formula(*heads_first(inputs), 4, taps=taps, key_bias=bias, init="original").transpose(1, 2)
@@ -58,8 +59,9 @@ def test_hf_hides_padding_from_the_landmarks_queries_alone(impl):
 
 
 @PATHS
-def test_original_makes_padding_zero_first(impl):
-    inputs, valid = with_taps(make_inputs(24, num_heads=3, head_dim=8), 5), make_valid("holes", 2, 24)
+@pytest.mark.parametrize("mask", ["tail", "holes", "one_all_masked"])
+def test_original_makes_padding_zero_first(mask, impl):
+    inputs, valid = with_taps(make_inputs(24, num_heads=3, head_dim=8), 5), make_valid(mask, 2, 24)
     tensors = [tensor * valid[:, None, :, None] for tensor in heads_first(inputs)]
     bias = -1e9 * (1.0 - valid[:, None, None].double())
     taps = inputs["conv_weight"].detach()

@@ -28,10 +28,19 @@ def attend(shapes=None, **options):
             {}, {"valid": torch.ones(2, T + 1) > 0}, r"valid must be bool \[2, 6\], got .*\(2, 7\)", id="valid_shape"
         ),
         pytest.param({}, {"valid": torch.ones(2, T)}, r"valid must be bool .* got torch.float32", id="valid_dtype"),
-        pytest.param({}, {"num_landmarks": 0}, "num_landmarks is 0, it must be at least 1", id="landmarks"),
-        pytest.param({}, {"pinv_iterations": 0}, "pinv_iterations is 0, it must be at least 1", id="iterations"),
-        pytest.param({}, {"pinv_init": "best"}, "pinv_init is 'best', it must be one of exact, original", id="init"),
-        pytest.param({}, {"compat": "tf"}, "compat is 'tf', it must be None or one of hf, original", id="compat"),
+        pytest.param(
+            {}, {"num_landmarks": 0}, "num_landmarks is 0, it must be a whole number of at least 1", id="landmarks"
+        ),
+        pytest.param(
+            {}, {"num_landmarks": 8.5}, "num_landmarks is 8.5, it must be a whole number", id="half a landmark"
+        ),
+        pytest.param(
+            {}, {"pinv_iterations": 0}, "pinv_iterations is 0, it must be a whole number of at least 1", id="iterations"
+        ),
+        pytest.param(
+            {}, {"pinv_init": "best"}, "pinv_init is 'best', it must be one of 'exact', 'original'", id="init"
+        ),
+        pytest.param({}, {"compat": "tf"}, "compat is 'tf', it must be one of 'hf', 'original'", id="compat"),
         pytest.param(
             {},
             {"compat": "hf", "num_landmarks": 4},

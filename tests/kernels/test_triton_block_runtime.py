@@ -70,6 +70,22 @@ def test_a_new_length_compiles_nothing_anew(pattern):
             torch._dynamo.config.error_on_recompile = False
 
 
+def test_layers_of_unlike_patterns_share_a_graph():
+    """One compiled by itself serves the others, once their tables are there."""
+    patterns = [make_pattern("bigbird", 64, 16, 2, seed=seed) for seed in range(4)]
+    for each in patterns:
+        device_tables(each, CPU)
+    torch._dynamo.reset()
+    compiled = torch.compile(block_sparse_attention, fullgraph=True, backend="aot_eager")
+    torch._dynamo.config.error_on_recompile = False
+    try:
+        for each in patterns:
+            compiled(*small_inputs().values(), each, impl="triton")
+            torch._dynamo.config.error_on_recompile = True
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+
+
 def test_checkpointed_it_is_the_same(pattern):
     inputs = list(small_inputs().values())
 

@@ -14,12 +14,13 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.block_sparse_attention import BlockPattern
+from kernels.block_sparse_attention import BlockPattern, block_sparse_attention
 from kernels.block_sparse_attention.items import block_of_merge, entry, work_of_program
 from kernels.block_sparse_attention.launch import fit
 from kernels.block_sparse_attention.lengths import block_lengths
 from kernels.block_sparse_attention.tables import CHUNK, NOTHING, device_tables
 from tests.kernels.block_cases import FIXED_LENGTH, KINDS, make_pattern
+from tests.kernels.window import make_inputs
 
 pytestmark = pytest.mark.interpreter
 CPU = torch.device("cpu")
@@ -177,3 +178,15 @@ def test_lengths_are_those_of_the_mask(follows_length):
 )
 def test_tiles_fit_blocks(limit, block_size, rows):
     assert fit(limit, block_size) == rows
+
+
+def test_a_short_text_has_tables_of_its_own():
+    """One launches no programs and holds no sums for the longest text that the pattern serves."""
+    pattern = BlockPattern.bigbird(4096, 16, 2, 3, 0)
+    short = device_tables(pattern, CPU, 40)
+    assert short.plan_of_length.shape == (65,) and device_tables(pattern, CPU, 64) is short
+    assert short.column_parts.shape[2] < device_tables(pattern, CPU).column_parts.shape[2]
+    assert device_tables(pattern, CPU, 129) is device_tables(pattern, CPU)
+    inputs = make_inputs(600, head_dim=16, dtype=torch.float32)
+    ours, expected = (block_sparse_attention(**inputs, pattern=pattern, impl=impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(ours, expected)

@@ -33,8 +33,7 @@ def test_every_width_of_head(head_dim):
     assert_is_the_oracle(inputs, {"num_landmarks": 5, "valid": make_valid("holes", 1, 21)}, "triton")
 
 
-@pytest.mark.parametrize("programs", [1, 7, 10**6])
-@pytest.mark.parametrize("num_landmarks", [4, 70, 100])
+@pytest.mark.parametrize("num_landmarks, programs", [(4, 1), (4, 10**6), (40, 7), (40, 10**6), (100, 10**6)])
 def test_any_number_of_parts(monkeypatch, num_landmarks, programs):
     """Of tokens, and where there are many landmarks of these; what tokens get through landmarks counts once."""
     monkeypatch.setattr(launch, "PROGRAMS", programs)
@@ -50,7 +49,7 @@ def test_error_is_at_most_twice_that_of_the_formula_in_the_same_dtype(case, dtyp
     assert_as_good_as_plain(inputs, options, "triton")
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_lengths_and_masks_are_the_oracle(data):
     draw = data.draw
@@ -95,7 +94,7 @@ def test_padding_changes_nothing(length):
 
 
 def test_content_of_padding_is_irrelevant():
-    inputs, valid = with_taps(make_inputs(37), 5), make_valid("holes", 2, 37)
+    inputs, valid = with_taps(make_inputs(37, batch=1), 5), make_valid("holes", 1, 37)
     spoilt = {
         name: tensor if name == "conv_weight" else tensor.detach().masked_fill(~valid[:, :, None, None], 1e4)
         for name, tensor in inputs.items()
