@@ -81,19 +81,24 @@ def all_features(case: BlockCase) -> BlockCase:
 
 def cases() -> Iterator[Case]:
     """Each row of the tile table, what an H100 takes from an A100's rows, and features by themselves."""
-    for row in tile_table.rows():
-        if row["kernel"] in TILED:
-            dtype = "bfloat16" if row["element_size"] == 2 else "float32"
-            yield all_features(BlockCase(row["kernel"], row["arch"], dtype, row["block_d"]))
+    rows = [row for row in tile_table.rows() if row["kernel"] in TILED]
+    own = {(row["kernel"], row["element_size"], row["block_d"]) for row in rows if row["arch"] == "sm_90"}
+    for row in rows:
+        dtype = "bfloat16" if row["element_size"] == 2 else "float32"
+        case = all_features(BlockCase(row["kernel"], row["arch"], dtype, row["block_d"]))
+        yield case
+        if (row["kernel"], row["element_size"], row["block_d"]) not in own:
+            yield replace(case, arch="sm_90")
     for kernel in TILED:
         for head_dim in (64, 128):
             for arch in ("sm_80", "sm_90"):
                 yield BlockCase(kernel, arch, "bfloat16", head_dim)
-            yield all_features(BlockCase(kernel, "sm_90", "float32", head_dim))
-        yield all_features(BlockCase(kernel, "sm_90", "bfloat16", 128))
-        yield all_features(BlockCase(kernel, "sm_90", "bfloat16", 256))
-        yield all_features(BlockCase(kernel, "sm_90", "bfloat16", 64, block_size=84))
-        yield all_features(BlockCase(kernel, "sm_90", "bfloat16", 80, block_size=128))
+            yield all_features(BlockCase(kernel, "sm_100", "bfloat16", head_dim))
+            yield all_features(BlockCase(kernel, "sm_90", "float32", head_dim, tf32=True))
+        # blocks of two tiles, of tiles that stand over, and of less than a tile
+        yield all_features(BlockCase(kernel, "sm_90", "bfloat16", 64, block_size=128))
+        yield all_features(BlockCase(kernel, "sm_90", "bfloat16", 80, block_size=84))
+        yield all_features(BlockCase(kernel, "sm_90", "float16", 80, block_size=16))
     for kernel in HELPERS:
         yield all_features(BlockCase(kernel, "sm_90", "bfloat16", 64))
 

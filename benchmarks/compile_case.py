@@ -1,6 +1,6 @@
-"""What the ahead-of-time report knows of a launch of any kernel."""
+"""One launch of one kernel that the ahead-of-time report compiles; each mechanism has a kind of its own."""
 
-from abc import ABC, abstractmethod
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,24 +12,24 @@ WIDE = 2049  # keys seen by a query of a row that holds for all widths
 
 
 @dataclass(frozen=True)
-class Case(ABC):
-    """One launch of one kernel: architecture, dtype, head dim, and in derived classes what else makes other code."""
+class Case(abc.ABC):
+    """Architecture, dtype, shape, and in subclasses the features that make different code."""
 
     kernel: str
     arch: str
     dtype: str
     head_dim: int
-    num_seen: int = WIDE  # what the tile table asks for: keys that a query sees, landmarks
+    num_seen: int = WIDE  # keys that a query sees
     tf32: bool = False  # products of float32 as tf32
 
     @property
-    @abstractmethod
+    @abc.abstractmethod
     def features(self) -> str:
-        """What the launch has beside the plain one, joined by "+"."""
+        """What the launch has, joined by "+"."""
 
-    @abstractmethod
+    @abc.abstractmethod
     def call(self) -> Callable[[], object]:
-        """The launcher, bound to tensors that have shapes and no content."""
+        """The launcher, bound to tensors without content."""
 
     @property
     def name(self) -> str:
@@ -38,7 +38,7 @@ class Case(ABC):
         return f"{self.kernel} {self.arch} {self.dtype} D{self.head_dim}{seen} {self.features}"
 
     def launch(self) -> None:
-        """Call the launcher; it must be kept from launching."""
+        """Call the launcher with tensors that have shapes and no content; it must be kept from launching."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         try:

@@ -148,7 +148,7 @@ def test_allowed_spills_are_where_the_issue_lets_them_be():
 
 
 def test_report_covers_the_tile_table():
-    """All rows do; the report by default holds at least those of half precision that fill a tile."""
+    """All rows do; the report by default holds at least those of half precision at head dims 64 and 128."""
     cases, everything = shipped_cases(), all_cases()
     assert len(cases) <= MAX_CASES <= 150 and set(cases) <= set(everything)
     assert len({case.name for case in everything}) == len(everything)
@@ -157,7 +157,7 @@ def test_report_covers_the_tile_table():
     )
     for row in tile_table.rows():
         place = (row["kernel"], row["arch"], row["block_d"], row["element_size"] == 4)
-        assert place in more and (place in compiled or row["block_d"] < 64 or row["element_size"] == 4)
+        assert place in more and (place in compiled or row["block_d"] not in (64, 128) or row["element_size"] == 4)
     assert {case.kernel for case in cases} == set(KERNELS)
 
 
