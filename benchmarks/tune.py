@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 
 from kernels import tile_table
+from kernels.block_sparse_attention import BlockPattern, block_sparse_attention
 from kernels.window_attention import global_rows_attention, window_attention
 
-SEQ_LEN, NUM_HEADS, NUM_GLOBAL = 16384, 12, 64
+SEQ_LEN, NUM_HEADS, NUM_GLOBAL, BLOCK_SIZE = 16384, 12, 64, 64
 NARROW, WIDE = 256, 1024  # keys on each side
 MAX_NARROW = 640  # keys that a query sees, up to which a row counts as narrow
 HEAD_DIMS = (64, 128, 32, 256, 16)
@@ -26,19 +27,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROWS = (16, 32, 64, 128)
 WARPS = (4, 8)
 STAGES = (1, 2, 3, 4)
-WINDOWED = {
-    "window_forward": False,
-    "window_query_grad": True,
-    "window_key_grad": True,
-}  # kernel -> whether it needs the backward pass
+# kernel -> whether it needs the backward pass
+WINDOWED = {"window_forward": False, "window_query_grad": True, "window_key_grad": True}
 GLOBAL = {"global_columns": True}
 FULL_ROWS = {"global_rows_forward": False, "global_rows_key_grad": True, "global_rows_query_grad": True}
+BLOCK_SPARSE = {"block_forward": False, "block_query_grad": True, "block_key_grad": True}
+BACKWARD = {**WINDOWED, **GLOBAL, **FULL_ROWS, **BLOCK_SPARSE}
 
 
 def candidates(kernel: str, block_d: int, element_size: int) -> Iterator[dict[str, Any]]:
     """Tile sizes worth a try: neither tiny beside a narrow head nor beyond what registers and shared memory hold."""
     splits = (False, True) if kernel in tile_table.WINDOW_KERNELS else (None,)
-    for block_m, block_n, warps, stages, split in itertools.product(ROWS, ROWS, WARPS, STAGES, splits):
+    # a taller tile would be cut down to a block
+    rows = [number for number in ROWS if kernel not in BLOCK_SPARSE or number <= BLOCK_SIZE]
+    for block_m, block_n, warps, stages, split in itertools.product(rows, rows, WARPS, STAGES, splits):
         tiles = (block_m + block_n * stages) * block_d * element_size
         if block_m * block_n < 16 * 32 * warps // 2 or tiles > 200_000 or block_m * block_d * 4 > 32 * 1024 * warps:
             continue
@@ -90,16 +92,18 @@ def make_call(kernel: str, head_dim: int, dtype: torch.dtype, window: int) -> Ca
     sizes = (1, SEQ_LEN, NUM_HEADS, head_dim)
     query, key, value = (torch.randn(sizes, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     index = torch.arange(NUM_GLOBAL, device="cuda")[None] * (SEQ_LEN // NUM_GLOBAL)
-    backward = {**WINDOWED, **GLOBAL, **FULL_ROWS}[kernel]
+    pattern = BlockPattern.bigbird(SEQ_LEN, BLOCK_SIZE, NUM_HEADS)
 
     def attend():
+        if kernel in BLOCK_SPARSE:
+            return block_sparse_attention(query, key, value, pattern, impl="triton")
         if kernel in FULL_ROWS:
             return global_rows_attention(query[:, :NUM_GLOBAL], key, value, global_index=index, impl="triton")
         chosen = index if kernel in GLOBAL else None
         return window_attention(query, key, value, window=window, global_index=chosen, impl="triton")
 
     weights = torch.randn_like(attend())
-    if not backward:
+    if not BACKWARD[kernel]:
         return attend
     # the pass is timed as a whole: all but the kernel in question is the same for every candidate
     out = attend()
@@ -135,8 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what was asked for, printing a line each, and write the table; 0."""
     about = "Measure tile sizes on this GPU and write its rows of the tile table."
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=about)
-    kernels = [*WINDOWED, *GLOBAL, *FULL_ROWS]
-    parser.add_argument("--kernels", nargs="+", choices=kernels, default=kernels)
+    parser.add_argument("--kernels", nargs="+", choices=BACKWARD, default=list(BACKWARD))
     parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")

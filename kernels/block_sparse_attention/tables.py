@@ -1,9 +1,9 @@
 """What the kernels read of a pattern: for each block its work, in items of about one size, and its list of blocks.
 
-A row sees the global blocks, its window and its list; a column is seen likewise, by the transposed lists. The first two
-the kernels know by arithmetic (`items.extent_of`), the lists are in tables. Columns of the released plans are skewed:
-nine of them are on the lists of all rows. So blocks of many entries are cut into parts, each a program's work, whose
-sums a second kernel adds up in their order.
+A row sees the global blocks, its window and its list; a column is seen likewise, by the transposed lists. The first
+two the kernels know by arithmetic (`items.block_of_item`), the lists are in tables. Columns of the released plans are
+skewed: nine of them are on the lists of all rows. So blocks of many entries are cut into parts, each a program's
+work, whose sums a second kernel adds up in their order.
 """
 
 from collections.abc import Iterator

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.console import Console
 from benchmarks import compile as report
 from benchmarks.assembly import Resources, ctas_per_multiprocessor, parse
 from benchmarks.compile import ALLOWED_SPILLS, Row, judge, markdown, record_shared_memory, show
+from benchmarks.compile_case import WIDE
 from benchmarks.compile_cases import HELPER_KERNELS, KERNELS, MAX_CASES, all_cases, shipped_cases, subset
 from benchmarks.compile_window import WindowCase
 from benchmarks.timing import environment
@@ -270,3 +272,20 @@ def test_names_tell_what_a_launch_has():
     case = WindowCase("window_forward", "sm_90", "bfloat16", 64, 640, causal=True, has_valid=True, num_globals=1)
     assert case.name == "window_forward sm_90 bfloat16 D64 seen 640 causal+valid+globals 1"
     assert WindowCase("window_key_grad", "sm_80", "float32", 16).name == "window_key_grad sm_80 float32 D16 plain"
+
+
+@pytest.mark.parametrize("page", ["kernels.md"])
+def test_documents_show_the_tiles_of_the_table(page):
+    """Rows x keys, warps and stages of every row that a page shows are those that a launch takes."""
+    lines = [line for line in Path("docs", page).read_text(encoding="utf-8").splitlines() if " | sm_" in line]
+    assert len(lines) > 20
+    for line in lines:
+        kernel, arch, dtype, head_dim, features, seen, shown = [cell.strip() for cell in line.split("|")[1:8]]
+        element_size = 4 if dtype == "fp32" else 2
+        place = {"arch": arch, "element_size": element_size, "head_dim": int(head_dim)}
+        tile = tile_table.choose(kernel, num_seen=int(seen or WIDE), **place)
+        split = " split" if tile.get("SPLIT") else ""
+        rows, keys = (tile[name] for name in ("BLOCK_M", "BLOCK_N"))
+        if features.endswith("globals 1"):  # one token needs no more than 16 of its side
+            continue
+        assert shown == f"{rows}x{keys} w{tile['num_warps']} s{tile['num_stages']}{split}"
