@@ -2,6 +2,8 @@
 
 import torch
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def refuse_unbuilt(function: str, **arguments) -> None:
     """NotImplementedError naming the first argument that is given."""
@@ -28,6 +30,8 @@ def check_shapes(query, key, value, valid, name: str = "query") -> None:
             raise ValueError(f"{other} is on {tensor.device}, {name} is on {query.device}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"{name}, key and value must share one dtype: {query.dtype}, {key.dtype}, {value.dtype}")
+    if query.dtype not in DTYPES:
+        raise ValueError(f"{name}, key and value are {query.dtype}, they must be float64, float32, float16 or bfloat16")
 
 
 def empty_result(query: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,8 @@ def block_sparse_attention(
             unknown `impl`, impl="triton" where the kernels cannot run.
         NotImplementedError: fewer key heads than query heads.
     """
+    if not isinstance(pattern, BlockPattern):
+        raise ValueError(f"pattern must be a BlockPattern, got {type(pattern).__name__}")
     query, key, value = under_autocast(query, key, value)
     check_shapes(query, key, value, valid)
     _check_fit(query, key, pattern)
@@ -117,6 +119,8 @@ def _check_dropout(dropout, dropout_seed, query):
         raise ValueError(f"dropout is {dropout}, it must be at least 0 and below 1")
     if dropout_seed is None:
         raise ValueError(f"dropout is {dropout}, it needs a dropout_seed: int64 of one element")
+    if not isinstance(dropout_seed, torch.Tensor):
+        raise ValueError(f"dropout_seed must be an int64 tensor of one element, got {type(dropout_seed).__name__}")
     if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
         raise ValueError(
             f"dropout_seed must be int64 of one element, got {dropout_seed.dtype} {tuple(dropout_seed.shape)}"

@@ -48,8 +48,8 @@ class BlockPattern:
     front: int
     back: int
     window: int
-    lists: tuple[BlockLists, ...]
-    plan_of_length: tuple[int, ...]
+    lists: tuple[BlockLists, ...] = field(repr=False)
+    plan_of_length: tuple[int, ...] = field(repr=False)
     follows_length: bool = True
     key: str = field(init=False, repr=False, default="")  # its name in this process
     # what the kernels made of it, by device or by device and size, and the devices for which a call outside of a
@@ -206,7 +206,7 @@ class BlockPattern:
         """
         builders.check_counts(seq_len=seq_len, block_size=block_size, num_heads=num_heads)
         blocks = range(-(-seq_len // block_size))
-        mask = np.array([[int(function(row, column)) for column in blocks] for row in blocks])
+        mask = np.array([[function(row, column) for column in blocks] for row in blocks])
         return cls.from_mask(mask, block_size, seq_len, num_heads)
 
     def shortened(self, num_blocks: int) -> "BlockPattern":

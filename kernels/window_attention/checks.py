@@ -7,6 +7,8 @@ from kernels.window_attention.pattern import WindowPattern
 
 def check_global_index(global_index, query, num_rows: int | None = None) -> None:
     """ValueError where global_index is not an int [B, G], G = `num_rows` if given, beside query [B, T, H, D]."""
+    if not isinstance(global_index, torch.Tensor):
+        raise ValueError(f"global_index must be an int tensor [B, G], got {type(global_index).__name__}")
     expected = f"[{len(query)}, {'G' if num_rows is None else num_rows}]"
     shape = tuple(global_index.shape)
     if len(shape) != 2 or shape[0] != len(query) or num_rows not in (None, shape[1]):

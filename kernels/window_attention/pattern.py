@@ -1,6 +1,6 @@
 """Which keys a query may see under a dilated sliding window: the one definition of the pattern."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,14 @@ def per_head(value: int | Sequence[int], num_heads: int, name: str, minimum: int
     """
     if isinstance(value, int):
         values = (value,) * num_heads
+    elif not isinstance(value, Iterable):
+        raise ValueError(f"{name} is {value!r}, it must be a whole number, or one a head")
     else:
         values = tuple(value)
         if len(values) != num_heads:
             raise ValueError(f"{name} has {len(values)} entries for {num_heads} heads: {list(values)}")
     for head, entry in enumerate(values):
-        if not isinstance(entry, int):
+        if not isinstance(entry, int) or isinstance(entry, bool):
             raise ValueError(f"{name} of head {head} is {entry!r}, it must be a whole number")
         if entry < minimum:
             raise ValueError(f"{name} of head {head} is {entry}, it must be at least {minimum}")

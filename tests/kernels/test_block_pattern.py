@@ -284,3 +284,12 @@ def test_shortened_it_is_the_same_for_short_examples(name):
     assert short.num_blocks == 20 and short.lists[0].row_offsets.shape == (2, 21)
     for num_blocks in range(21):
         assert torch.equal(short.counts(num_blocks), pattern.counts(num_blocks))
+
+
+def test_a_function_that_gives_no_counts():
+    with pytest.raises(ValueError, match="mask must be bool or integer"):
+        BlockPattern.from_function(lambda row, column: 0.5, 64, 16, 2)
+
+
+def test_it_is_printed_in_a_line():
+    assert len(repr(BlockPattern.bigbird(4096, 64, 4))) < 200

@@ -59,6 +59,10 @@ def attend(shapes=None, **options):
             "the sequence has 10 tokens, that is 5 blocks; this pattern, made with compat=, is made for 12 blocks of 2",
             id="pattern_fixed_len",
         ),
+        pytest.param({}, {"pattern": None}, "pattern must be a BlockPattern, got NoneType", id="no_pattern"),
+        pytest.param(
+            {}, {"dropout": 0.1, "dropout_seed": 1}, "dropout_seed must be an int64 tensor .* got int", id="dropout_int"
+        ),
         pytest.param({}, {"dropout": 1.0}, "dropout is 1.0, it must be at least 0 and below 1", id="dropout_1"),
         pytest.param({}, {"dropout": -0.1}, "dropout is -0.1, it must be at least 0", id="dropout_negative"),
         pytest.param({}, {"dropout": float("nan")}, "dropout is nan, it must be at least 0", id="dropout_nan"),

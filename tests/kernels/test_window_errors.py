@@ -189,6 +189,23 @@ def test_no_key_gives_zeros_and_zero_gradients(impl):
     assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in inputs.values())
 
 
+@pytest.mark.parametrize("window", [1.5, True, [1, True]])
+def test_a_window_that_is_no_whole_number(window):
+    with pytest.raises(ValueError, match="must be a whole number"):
+        window_attention(**make_inputs(4), window=window)
+
+
+def test_whole_numbers_are_no_tokens():
+    inputs = {name: tensor.detach().long() for name, tensor in make_inputs(4).items()}
+    with pytest.raises(ValueError, match="query, key and value are torch.int64, they must be float64, float32"):
+        window_attention(**inputs, window=2)
+
+
+def test_global_positions_are_a_tensor():
+    with pytest.raises(ValueError, match="global_index must be an int tensor .* got list"):
+        window_attention(**make_inputs(4), window=2, global_index=[[0], [1]])
+
+
 @pytest.mark.parametrize("name", ["key", "value", "valid"])
 def test_tensors_on_unlike_devices(name):
     inputs = {**make_inputs(4), "valid": torch.ones(2, 4, dtype=torch.bool)}
