@@ -98,7 +98,7 @@ def _weights(query, key, real, scale):
     scores = _to_heads(query) @ _to_heads(key).mT * scale
     if real is None:
         return torch.softmax(scores, dim=-1)
-    real = real.repeat_interleave(query.shape[2], dim=0)
+    real = real[:, None].expand(-1, query.shape[2], -1).flatten(0, 1)  # [B * H, N]
     scores = scores.masked_fill(~real[:, None, :], torch.finfo(scores.dtype).min)
     return torch.softmax(scores, dim=-1) * (real[:, :, None] & real[:, None, :])
 
