@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# functions of its have the group of the moment of import as a default argument and would keep that group alive
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +32,7 @@ class Distributed:
         self.rank = int(os.environ.get("RANK", "0")) if self.world_size > 1 else 0
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0")) if self.world_size > 1 else 0
         self.device = choose_device(device, self.local_rank)
+        self._wrapped: list[DistributedDataParallel] = []
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
@@ -80,15 +84,21 @@ class Distributed:
         if self.world_size == 1:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        self._wrapped.append(DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True))
+        return self._wrapped[-1]
 
     def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """Backward passes in here keep gradients local: for all micro-batches of a step but the last."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
     def close(self) -> None:
-        """Leave the process group; a second call does nothing."""
+        """Leave the process group; a second call does nothing. What `wrap` returned can no longer be called."""
         if self.world_size > 1 and dist.is_initialized():
+            # gloo's threads end with the last reference to their group; one that is still letting go of a tensor
+            # when the interpreter ends aborts the process
+            for model in self._wrapped:
+                del model.reducer, model.logger, model.process_group
+            self._wrapped.clear()
             dist.destroy_process_group()
 
 
