@@ -57,12 +57,12 @@ def open_run(
     if num_threads or config.num_threads:
         torch.set_num_threads(num_threads or config.num_threads)
     node = OmegaConf.merge(config.data, {key: value for key, value in (data or {}).items() if value is not None})
-    check_device(config, torch.device(device))
+    precision = resolve_precision(config.precision, device)
+    check_device(config, device, precision)
     task = build(config.task, "task", data=dict(node))
     model = build_model(config).to(device)
     state = load_checkpoint(chosen, model=model, restore_rng=False, strict=strict)
     model.set_attention(**state["attention"])
-    precision = resolve_precision(config.precision, device)
     return OpenedRun(path, config, chosen, state, task, model, precision)
 
 

@@ -19,11 +19,12 @@ def main(cfg) -> None:
     from configs.phases import check_against_data, check_device, effective_phases, phase_patterns
     from configs.schema import build
     from training.distributed import Distributed
+    from training.precision import resolve_precision
 
     phases = effective_phases(cfg)
     phase_patterns(cfg, phases)  # refuses options no layer can have
     with Distributed(cfg.device) as dist:
-        check_device(cfg, dist.device)
+        check_device(cfg, dist.device, resolve_precision(cfg.precision, dist.device))
         task = build(cfg.task, "task", data=dict(cfg.data))
         check_against_data(cfg, phases, task, dist.world_size)
         path = Path(dist.broadcast_object(str(choose_run_dir(cfg)) if dist.is_main else None))

@@ -87,6 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, write the CSV, print the tables; 0, or 1 where outputs disagree."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}, it must be at least 1")
     if options.device == "cpu" and (options.budget is not None or options.cases is not None):
         parser.error("--budget and --cases go with --device cuda: the CPU has three tables of each --mechanism")
     if options.device == "cuda" and options.mechanism != ALL:

@@ -8,7 +8,6 @@ import torch
 
 from benchmarks import flex, peers
 from benchmarks.cases import BIGBIRD, BOTH, DENSE, FLEX, FORWARD, Shape, random_tensors
-from benchmarks.gpu_block_sparse import block_mask
 from benchmarks.tables import Mechanism, Peer
 from kernels.block_sparse_attention import BlockPattern, block_sparse_attention
 
@@ -29,21 +28,21 @@ class BlockShape(Shape):
 class BlockSparseSelfAttention(torch.nn.Module):
     """Query, key and value projections around block-sparse attention, with parameters named as in transformers."""
 
-    def __init__(self, shape: BlockShape):
+    def __init__(self, dim: int, num_heads: int, pattern: BlockPattern, impl: str = "auto"):
         super().__init__()
-        self.heads, self.pattern = (shape.num_heads, shape.head_dim), shape.pattern
-        self.query, self.key, self.value = (torch.nn.Linear(shape.dim, shape.dim) for _ in range(3))
+        self.heads, self.pattern, self.impl = (num_heads, dim // num_heads), pattern, impl
+        self.query, self.key, self.value = (torch.nn.Linear(dim, dim) for _ in range(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, dim] -> [B, T, dim]."""
         query, key, value = (project(x).unflatten(-1, self.heads) for project in (self.query, self.key, self.value))
-        return block_sparse_attention(query, key, value, self.pattern).flatten(2)
+        return block_sparse_attention(query, key, value, self.pattern, impl=self.impl).flatten(2)
 
 
 def make_module(contender: str, shape: BlockShape) -> torch.nn.Module:
     """Either side of the module table, with the same seeded weights."""
     torch.manual_seed(0)
-    ours = BlockSparseSelfAttention(shape)
+    ours = BlockSparseSelfAttention(shape.dim, shape.num_heads, shape.pattern)
     if contender != BIGBIRD:
         return ours
     sizes = (shape.dim, shape.num_heads, shape.batch, shape.seq_len, shape.block_size, shape.num_random_blocks)
@@ -58,7 +57,7 @@ def attention(shape: BlockShape) -> Callable:
 
 
 def _flex(shape):
-    attend = flex.attention(block_mask(shape.pattern, shape.seq_len, shape.device, shape.block_size))
+    attend = flex.attention(flex.pattern_mask(shape.pattern, shape.seq_len, shape.device, shape.block_size))
     sizes = (shape.batch, shape.seq_len, shape.num_heads, shape.head_dim)
     with flex.compile_settings(), torch.no_grad():
         attend(*random_tensors(3, sizes, shape, requires_grad=False))

@@ -251,8 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases = subset() if options.quick else all_cases() if options.all or options.update else shipped_cases()
     cases = [case for case in cases if fnmatch(case.name, f"*{options.only}*")]
     if not cases:
-        print(f"error: no row is called *{options.only}*", file=sys.stderr)
-        return 1
+        parser.error(f"--only: no row is called *{options.only}*")
     shared = environment()
     console = Console()
     console.width = max(console.width, MIN_COLUMNS)  # a log has no width of its own

@@ -13,6 +13,7 @@ from benchmarks.gpu_case import FLEX_BLOCK
 
 if TYPE_CHECKING:
     from benchmarks.gpu_window import WindowCase
+    from kernels.block_sparse_attention import BlockPattern
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Maker = Callable[[int, dict], Attention]  # from the block size of a mask and kernel options
@@ -68,11 +69,40 @@ def block_mask(seen: Callable, seq_len: int, device: str, block_size: int = FLEX
     full = count == block_size**2
     partial = (count > 0) & ~full
     return BlockMask.from_kv_blocks(
-        *listed(partial), *listed(full), BLOCK_SIZE=block_size, mask_mod=seen, seq_lengths=(seq_len, seq_len)
+        *_listed(partial), *_listed(full), BLOCK_SIZE=block_size, mask_mod=seen, seq_lengths=(seq_len, seq_len)
     )
 
 
-def listed(chosen):
+def pattern_mask(pattern: "BlockPattern", seq_len: int, device: str, block_size: int):
+    """A pattern as a BlockMask with lists for each head, its own blocks or larger ones: a whole number of its own.
+
+    Blocks that are seen wholly need no mask; larger ones that are seen in part look the pattern up. ValueError where a
+    block counts twice: a BlockMask cannot say so.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    counts = pattern.counts(pattern.blocks_of(seq_len)).to(device)  # [H, n, n]
+    if (counts > 1).any():
+        raise ValueError(f"of {seq_len} tokens some rows count a block twice, which a BlockMask cannot")
+    if seq_len % block_size or block_size % pattern.block_size:
+        raise ValueError(f"blocks of {block_size} do not divide {seq_len} tokens in blocks of {pattern.block_size}")
+    seen, factor = counts > 0, block_size // pattern.block_size
+    inside = seen.unflatten(2, (-1, factor)).unflatten(1, (-1, factor)).sum((2, 4))[None]  # [1, H, n, n] of large ones
+    full = inside == factor**2
+
+    def lookup(batch, head, row, key):
+        return seen[head, row // pattern.block_size, key // pattern.block_size]
+
+    return BlockMask.from_kv_blocks(
+        *_listed((inside > 0) & ~full),
+        *_listed(full),
+        BLOCK_SIZE=block_size,
+        mask_mod=None if full.equal(inside > 0) else lookup,
+        seq_lengths=(seq_len, seq_len),
+    )
+
+
+def _listed(chosen):
     """How many blocks of each row are chosen, and their numbers in rising order before the others'."""
     numbers = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1).to(torch.int32), numbers.to(torch.int32).contiguous()

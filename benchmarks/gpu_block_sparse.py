@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache, partial
 import torch
 
 from benchmarks import flex, peers
+from benchmarks.block_sparse import BlockSparseSelfAttention
 from benchmarks.cases import BIGBIRD, BOTH, DENSE, FLEX, FORWARD, OURS
 from benchmarks.gpu_case import FLEX_BEST, FLEX_BLOCK, MODULE, TARGET_DTYPE, Case
 from benchmarks.gpu_problem import Problem
@@ -86,35 +87,6 @@ def _pattern(plan, seq_len, block_size, num_heads, num_random_blocks):
     return BlockPattern.bigbird(*sizes, compat="hf_train" if plan == HF_TRAIN else None)
 
 
-def block_mask(pattern: BlockPattern, seq_len: int, device: str, block_size: int):
-    """A pattern as a BlockMask with lists for each head, its own blocks or larger ones: a whole number of its own.
-
-    Blocks that are seen wholly need no mask; larger ones that are seen in part look the pattern up. ValueError where a
-    block counts twice: a BlockMask cannot say so.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    counts = pattern.counts(pattern.blocks_of(seq_len)).to(device)  # [H, n, n]
-    if (counts > 1).any():
-        raise ValueError(f"of {seq_len} tokens some rows count a block twice, which a BlockMask cannot")
-    if seq_len % block_size or block_size % pattern.block_size:
-        raise ValueError(f"blocks of {block_size} do not divide {seq_len} tokens in blocks of {pattern.block_size}")
-    seen, factor = counts > 0, block_size // pattern.block_size
-    inside = seen.unflatten(2, (-1, factor)).unflatten(1, (-1, factor)).sum((2, 4))[None]  # [1, H, n, n] of large ones
-    full = inside == factor**2
-
-    def lookup(batch, head, row, key):
-        return seen[head, row // pattern.block_size, key // pattern.block_size]
-
-    return BlockMask.from_kv_blocks(
-        *flex.listed((inside > 0) & ~full),
-        *flex.listed(full),
-        BLOCK_SIZE=block_size,
-        mask_mod=None if full.equal(inside > 0) else lookup,
-        seq_lengths=(seq_len, seq_len),
-    )
-
-
 def flex_maker(case: BlockCase, device: str) -> flex.Maker:
     """FlexAttention of a case from a block size of its mask, that of the pattern or larger, and kernel options.
 
@@ -125,25 +97,11 @@ def flex_maker(case: BlockCase, device: str) -> flex.Maker:
 
     def make(block_size, options):
         if block_size not in masks:
-            masks[block_size] = block_mask(case.pattern, case.seq_len, device, block_size)
+            masks[block_size] = flex.pattern_mask(case.pattern, case.seq_len, device, block_size)
         mode = "max-autotune-no-cudagraphs" if block_size < FLEX_BLOCK else None
         return flex.attention(masks[block_size], options=options, mode=mode)
 
     return make
-
-
-class BigBirdSelfAttention(torch.nn.Module):
-    """Query, key and value projections around block-sparse attention, with the parameter names of transformers'."""
-
-    def __init__(self, dim: int, num_heads: int, pattern: BlockPattern, impl: str):
-        super().__init__()
-        self.heads, self.pattern, self.impl = (num_heads, dim // num_heads), pattern, impl
-        self.query, self.key, self.value = (torch.nn.Linear(dim, dim) for _ in range(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, dim] -> [B, T, dim]."""
-        query, key, value = (project(x).unflatten(-1, self.heads) for project in (self.query, self.key, self.value))
-        return block_sparse_attention(query, key, value, self.pattern, impl=self.impl).flatten(2)
 
 
 class BlockProblem(Problem):
@@ -165,7 +123,7 @@ class BlockProblem(Problem):
     def _module(self, name):
         case = self.case
         torch.manual_seed(0)
-        ours = BigBirdSelfAttention(case.dim, case.num_heads, case.pattern, self.impl)
+        ours = BlockSparseSelfAttention(case.dim, case.num_heads, case.pattern, self.impl)
         module: torch.nn.Module = ours
         if name == BIGBIRD:
             sizes = (case.batch, case.seq_len, case.block_size, case.num_random_blocks)

@@ -16,20 +16,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class LargestTensor(TorchDispatchMode):
-    """Context that records in `.elements` the size of the largest storage any operation inside it returned.
+    """Context that records in `.elements` and `.bytes` the largest storages any operation inside it returned.
 
     Storages are counted, not shapes: overlapping and expanded views have larger shapes than memory.
     """
 
-    elements = 0
+    elements = bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run the operation and look at what it returns."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                size = leaf.untyped_storage().nbytes() // leaf.element_size()
-                self.elements = max(self.elements, size)
+                size = leaf.untyped_storage().nbytes()
+                self.bytes = max(self.bytes, size)
+                self.elements = max(self.elements, size // leaf.element_size())
         return out
 
 

@@ -31,7 +31,8 @@ class NystromSelfAttention(torch.nn.Module):
         self.heads, self.num_landmarks = (shape.num_heads, shape.head_dim), shape.num_landmarks
         self.query, self.key, self.value = (torch.nn.Linear(shape.dim, shape.dim) for _ in range(3))
         # holds their filter [H, 1, K, 1]; we convolve along another axis
-        self.conv = torch.nn.Conv2d(*[shape.num_heads] * 2, (shape.num_taps, 1), groups=shape.num_heads, bias=False)
+        heads, taps = shape.num_heads, (shape.num_taps, 1)
+        self.conv = torch.nn.Conv2d(heads, heads, taps, groups=heads, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, dim] -> [B, T, dim]."""

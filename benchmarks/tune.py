@@ -17,9 +17,10 @@ from rich.console import Console
 
 from kernels import tile_table
 from kernels.block_sparse_attention import BlockPattern, block_sparse_attention
+from kernels.nystrom_attention import nystrom_attention
 from kernels.window_attention import global_rows_attention, window_attention
 
-SEQ_LEN, NUM_HEADS, NUM_GLOBAL, BLOCK_SIZE = 16384, 12, 64, 64
+SEQ_LEN, NUM_HEADS, NUM_GLOBAL, BLOCK_SIZE, NUM_LANDMARKS, NUM_TAPS = 16384, 12, 64, 64, 64, 33
 NARROW, WIDE = 256, 1024  # keys on each side
 MAX_NARROW = 640  # keys that a query sees, up to which a row counts as narrow
 HEAD_DIMS = (64, 128, 32, 256, 16)
@@ -32,15 +33,24 @@ WINDOWED = {"window_forward": False, "window_query_grad": True, "window_key_grad
 GLOBAL = {"global_columns": True}
 FULL_ROWS = {"global_rows_forward": False, "global_rows_key_grad": True, "global_rows_query_grad": True}
 BLOCK_SPARSE = {"block_forward": False, "block_query_grad": True, "block_key_grad": True}
-BACKWARD = {**WINDOWED, **GLOBAL, **FULL_ROWS, **BLOCK_SPARSE}
+LANDMARK_ROWS = {"nystrom_keys_forward": False, "nystrom_keys_key_grad": True, "nystrom_keys_query_grad": True}
+LANDMARK_KEYS = {"nystrom_queries_forward": False, "nystrom_queries_key_grad": True, "nystrom_queries_query_grad": True}
+NYSTROM = {**LANDMARK_ROWS, **LANDMARK_KEYS, "nystrom_convolve": False, "nystrom_band_grad": True}
+BACKWARD = {**WINDOWED, **GLOBAL, **FULL_ROWS, **BLOCK_SPARSE, **NYSTROM}
 
 
 def candidates(kernel: str, block_d: int, element_size: int) -> Iterator[dict[str, Any]]:
     """Tile sizes worth a try: neither tiny beside a narrow head nor beyond what registers and shared memory hold."""
     splits = (False, True) if kernel in tile_table.WINDOW_KERNELS else (None,)
-    # a taller tile would be cut down to a block
-    rows = [number for number in ROWS if kernel not in BLOCK_SPARSE or number <= BLOCK_SIZE]
-    for block_m, block_n, warps, stages, split in itertools.product(rows, rows, WARPS, STAGES, splits):
+    # a larger tile would be cut down to a block, or to the landmarks
+    rows, columns = (
+        [number for number in ROWS if kernel not in cut or number <= most]
+        for cut, most in (
+            ({*BLOCK_SPARSE, *LANDMARK_ROWS}, min(BLOCK_SIZE, NUM_LANDMARKS)),
+            ({*BLOCK_SPARSE, *LANDMARK_KEYS}, min(BLOCK_SIZE, NUM_LANDMARKS)),
+        )
+    )
+    for block_m, block_n, warps, stages, split in itertools.product(rows, columns, WARPS, STAGES, splits):
         tiles = (block_m + block_n * stages) * block_d * element_size
         if block_m * block_n < 16 * 32 * warps // 2 or tiles > 200_000 or block_m * block_d * 4 > 32 * 1024 * warps:
             continue
@@ -93,8 +103,12 @@ def make_call(kernel: str, head_dim: int, dtype: torch.dtype, window: int) -> Ca
     query, key, value = (torch.randn(sizes, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     index = torch.arange(NUM_GLOBAL, device="cuda")[None] * (SEQ_LEN // NUM_GLOBAL)
     pattern = BlockPattern.bigbird(SEQ_LEN, BLOCK_SIZE, NUM_HEADS)
+    taps = torch.randn(NUM_HEADS, NUM_TAPS, device="cuda", requires_grad=True)
 
     def attend():
+        if kernel in NYSTROM:
+            options = {"num_landmarks": NUM_LANDMARKS, "conv_weight": taps}
+            return nystrom_attention(query, key, value, **options, impl="triton")
         if kernel in BLOCK_SPARSE:
             return block_sparse_attention(query, key, value, pattern, impl="triton")
         if kernel in FULL_ROWS:
@@ -107,7 +121,8 @@ def make_call(kernel: str, head_dim: int, dtype: torch.dtype, window: int) -> Ca
         return attend
     # the pass is timed as a whole: all but the kernel in question is the same for every candidate
     out = attend()
-    return lambda: torch.autograd.grad(out, (query, key, value), weights, retain_graph=True)
+    wanted = (query, key, value, taps) if kernel in NYSTROM else (query, key, value)
+    return lambda: torch.autograd.grad(out, wanted, weights, retain_graph=True)
 
 
 def timer(kernel: str, head_dim: int, dtype: torch.dtype, window: int) -> Callable[[dict[str, Any]], float]:

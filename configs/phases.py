@@ -85,12 +85,13 @@ def phase_patterns(cfg: DictConfig, phases: list[PhaseConfig]) -> list[list]:
     return patterns
 
 
-def check_device(cfg: DictConfig, device: torch.device) -> None:
-    """ConfigError where the model asks for kernels that cannot run on a device."""
+def check_device(cfg: DictConfig, device: torch.device, precision: str) -> None:
+    """ConfigError where the model asks for kernels that cannot run on a device in a precision, "fp32" or "bf16"."""
     with torch.device("meta"):
         model = build_model(cfg)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
-        model.check_device(device)
+        model.check_device(device, dtype)
     except ValueError as error:
         raise ConfigError(f"model.attention.{error}") from None
 

@@ -98,10 +98,10 @@ class CharLM(nn.Module):
         for layer, pattern in zip(self._attention_layers(), patterns, strict=True):
             layer.set_options(pattern, **options)
 
-    def check_device(self, device: torch.device) -> None:
-        """ValueError where a layer asks for kernels that a device, or its positions, cannot have."""
+    def check_device(self, device: torch.device, dtype: torch.dtype) -> None:
+        """ValueError where a layer asks for kernels that a device cannot run in a dtype, or not with its positions."""
         for layer in self._attention_layers():
-            layer.check_device(device)
+            layer.check_device(device, dtype)
 
     def attention_patterns(self) -> list[WindowPattern]:
         """The pattern of each layer, from the bottom."""

@@ -23,12 +23,8 @@ def block_parts(pattern: BlockPattern, counts: np.ndarray, listed: str = RANDOM)
     A block belongs to the global rows and columns before it belongs to the window; what is left over, repetitions of
     those two included, comes from the lists and stands under `listed`.
     """
-    num_blocks = len(counts)
-    block = np.arange(num_blocks)
-    front = min(pattern.front, num_blocks)
-    is_global = (block < front) | (block >= num_blocks - min(pattern.back, num_blocks - front))
+    is_global, near = pattern.global_and_near(len(counts))
     spread = is_global[:, None] | is_global
-    near = np.abs(block[:, None] - block) <= (pattern.window - 1) // 2 if pattern.window else np.zeros_like(spread)
     parts = {WINDOW: near & ~spread, GLOBAL: spread}
     found = {name: part.astype(np.int64) for name, part in parts.items() if part.any()}
     rest = counts - sum(found.values())

@@ -4,7 +4,14 @@ import numpy as np
 import torch
 
 from kernels.block_sparse_attention.bigbird import FOCUS_TOKENS, GRID_TOKENS, OLD_PLAN_TOKENS, new_plan, old_plan
-from kernels.block_sparse_attention.lists import BlockLists, draw_unseen, lists_of_counts, lists_of_slots, unseen
+from kernels.block_sparse_attention.lists import (
+    BlockLists,
+    draw_unseen,
+    global_ends,
+    lists_of_counts,
+    lists_of_slots,
+    unseen,
+)
 from kernels.checks import check_count
 
 COMPAT = ("tf", "hf_train", "hf_eval")
@@ -50,7 +57,7 @@ def bigbird_plans(
     def lists_of(kind):
         if kind in released:
             return lists_of_slots(released[kind][:, :num_blocks], num_blocks)
-        ends = _ends(kind, front, back)
+        ends = global_ends(kind, front, back)
         if full_when_short:
             return _everything_else(num_heads, num_blocks, kind, *ends)
         random = np.random.RandomState([seed, kind])
@@ -72,7 +79,7 @@ def released_plan(
     """The one plan of the released code for N blocks; ValueError where it has none: `BlockPattern.bigbird`."""
     one_plan = (0,) * (num_blocks + 1)
     if full_when_short and num_blocks <= longest_short(num_random):
-        return (_everything_else(num_heads, num_blocks, num_blocks, *_ends(num_blocks, 1, 1)),), one_plan
+        return (_everything_else(num_heads, num_blocks, num_blocks, *global_ends(num_blocks, 1, 1)),), one_plan
     tokens = num_blocks * block_size
     is_old = tokens in OLD_PLAN_TOKENS[compat.split("_")[0]]
     slots = None
@@ -123,7 +130,7 @@ def uniform_plans(
     num_rows = dict(zip(drawn.tolist(), [*(drawn[1:] - 1).tolist(), num_blocks], strict=True))
 
     def lists_of(length):
-        random, ends = np.random.RandomState([seed, length]), _ends(length, front, back)
+        random, ends = np.random.RandomState([seed, length]), global_ends(length, front, back)
         slots = draw_unseen(random, num_heads, length, num_random, *ends, window, num_rows[length])
         return lists_of_slots(slots, num_blocks)
 
@@ -143,11 +150,6 @@ def _plans(kinds, lists_of):
     """One plan for each kind, in the order in which the lengths 0, 1, … come to it."""
     order = {kind: index for index, kind in enumerate(dict.fromkeys(kinds))}
     return tuple(map(lists_of, order)), tuple(order[kind] for kind in kinds)
-
-
-def _ends(length, front, back):
-    """How many blocks at the start and at the end of an example of `length` are global."""
-    return min(front, length), min(back, max(length - front, 0))
 
 
 def _everything_else(num_heads, num_blocks, length, front, back):

@@ -59,6 +59,18 @@ def _pack(lengths, blocks):
     return BlockLists(torch.from_numpy(ends[places].astype(np.int32)), torch.from_numpy(blocks.astype(np.int32)))
 
 
+def global_ends(num_blocks: int, front: int, back: int) -> tuple[int, int]:
+    """How many blocks at the start and at the end of an example of n blocks are global: at most n, the front first."""
+    front = min(front, num_blocks)
+    return front, min(back, num_blocks - front)
+
+
+def find_global(num_blocks: int, front: int, back: int) -> np.ndarray:
+    """bool [n]: which blocks of an example of n are global, of which `front + back <= n` are."""
+    blocks = np.arange(num_blocks)
+    return (blocks < front) | (blocks >= num_blocks - back)
+
+
 def window_ends(
     num_blocks: int, front: int, back: int, window: int, num_rows: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -109,8 +121,7 @@ def draw_unseen(
 
 def unseen(num_blocks: int, front: int, back: int, window: int) -> np.ndarray:
     """bool [n, n]: whether row i is ordinary and block j neither global nor in its window; `front + back <= n`."""
-    blocks = np.arange(num_blocks)
-    ordinary = (blocks >= front) & (blocks < num_blocks - back)
+    blocks, ordinary = np.arange(num_blocks), ~find_global(num_blocks, front, back)
     first, last = window_ends(num_blocks, front, back, window)
     near = (blocks >= first[:, None]) & (blocks < last[:, None])
     return ordinary & ordinary[:, None] & ~near

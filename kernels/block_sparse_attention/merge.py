@@ -105,11 +105,11 @@ def block_sum_kernel(
     for part in range(first, last):
         place = (problem * num_parts + part) * BLOCK_SIZE + places
         acc += tl.load(partial_ptr + tile_offsets(place, D, dims, 1), mask=mask, other=0.0)
-    tile = (batch * T * H + head) * D + tile_offsets(rows, H * D, dims, 1)
+    out_tile = (batch * T * H + head) * D + tile_offsets(rows, H * D, dims, 1)
     if tl.program_id(1) == 0:
-        tl.store(first_ptr + tile, (acc * first_scale).to(first_ptr.dtype.element_ty), mask=mask)
+        tl.store(first_ptr + out_tile, (acc * first_scale).to(first_ptr.dtype.element_ty), mask=mask)
     elif BY_COLUMN:
-        tl.store(second_ptr + tile, (acc * second_scale).to(second_ptr.dtype.element_ty), mask=mask)
+        tl.store(second_ptr + out_tile, (acc * second_scale).to(second_ptr.dtype.element_ty), mask=mask)
 
 
 def block_merge(

@@ -9,7 +9,15 @@ import numpy as np
 import torch
 
 from kernels.block_sparse_attention import builders
-from kernels.block_sparse_attention.lists import BlockLists, first_rows, lists_of_counts, no_lists, window_ends
+from kernels.block_sparse_attention.lists import (
+    BlockLists,
+    find_global,
+    first_rows,
+    global_ends,
+    lists_of_counts,
+    no_lists,
+    window_ends,
+)
 from kernels.checks import check_choice, check_count
 
 _numbers = itertools.count()
@@ -138,6 +146,11 @@ class BlockPattern:
         builders.check_counts(seq_len=seq_len, block_size=block_size, num_heads=num_heads)
         check_count("num_global_blocks", num_global_blocks, 0)
         num_blocks = -(-seq_len // block_size)
+        if num_global_blocks > num_blocks:
+            raise ValueError(
+                f"num_global_blocks is {num_global_blocks}, the {seq_len} tokens of seq_len have {num_blocks} blocks "
+                f"of {block_size}: seq_len counts the global tokens"
+            )
         plans = ((no_lists(num_heads, num_blocks),), (0,) * (num_blocks + 1))
         return cls(seq_len, block_size, num_heads, num_global_blocks, 0, builders.WINDOW, *plans)
 
@@ -240,23 +253,26 @@ class BlockPattern:
         served = range(self.num_blocks + 1) if self.follows_length else (self.num_blocks,)
         if num_blocks not in served:
             raise ValueError(f"num_blocks is {num_blocks}, the pattern is made for {served[0]} to {served[-1]} blocks")
-        front, back = self.global_blocks(num_blocks)
-        blocks = np.arange(num_blocks)
-        is_global = (blocks < front) | (blocks >= num_blocks - back)
-        near = abs(blocks[:, None] - blocks) <= (self.window - 1) // 2 if self.window else False
+        is_global, near = self.global_and_near(num_blocks)
         seen = is_global | is_global[:, None] | near
         counts = np.tile(seen.astype(np.int64), (self.num_heads, 1, 1))
         offsets, entries = (tensor.numpy() for tensor in self.lists[self.plan_of_length[num_blocks]])
         for head in range(self.num_heads):
-            for row in blocks[~is_global]:
+            for row in np.flatnonzero(~is_global):
                 listed = entries[offsets[head, row] : offsets[head, row + 1]]
                 counts[head, row] += np.bincount(listed[listed < num_blocks], minlength=num_blocks)
         return torch.from_numpy(counts)
 
     def global_blocks(self, num_blocks: int) -> tuple[int, int]:
         """How many blocks at the start and at the end of an example of `num_blocks` are global."""
-        front = min(self.front, num_blocks)
-        return front, min(self.back, num_blocks - front)
+        return global_ends(num_blocks, self.front, self.back)
+
+    def global_and_near(self, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of an example of n blocks: bool [n], which are global, and bool [n, n], whether j is in the window of i."""
+        blocks = np.arange(num_blocks)
+        distance = abs(blocks[:, None] - blocks)
+        near = distance <= (self.window - 1) // 2 if self.window else np.zeros_like(distance, dtype=bool)
+        return find_global(num_blocks, *self.global_blocks(num_blocks)), near
 
     def mask(self, seq_len: int) -> torch.Tensor:
         """bool [H, T, T], True where query token i sees key token j in a sequence without padding: for pictures."""
@@ -267,6 +283,7 @@ class BlockPattern:
 
     def num_pairs(self, seq_len: int) -> list[int]:
         """Query-key pairs of each head over `seq_len` tokens without padding, repetitions counted again."""
+        check_count("seq_len", seq_len, 0)
         num_blocks = self.blocks_of(seq_len)
         front, back = self.global_blocks(num_blocks)
         sizes = np.full(num_blocks, self.block_size, dtype=np.int64)

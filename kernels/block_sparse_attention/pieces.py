@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernels.block_sparse_attention.lists import BlockLists, window_ends
+from kernels.block_sparse_attention.lists import BlockLists, find_global, global_ends, window_ends
 
 PIECE_KEYS = 1024  # of one row at a time, so that a row that sees everything needs no memory for all of its scores
 
@@ -37,10 +37,8 @@ class Layout:
         return self._known[num_blocks]
 
     def _find_seen(self, num_blocks):
-        front = min(self.front, num_blocks)
-        back = min(self.back, num_blocks - front)
-        blocks = np.arange(num_blocks)
-        is_global = (blocks < front) | (blocks >= num_blocks - back)
+        front, back = global_ends(num_blocks, self.front, self.back)
+        blocks, is_global = np.arange(num_blocks), find_global(num_blocks, front, back)
         # what all heads share: every block for a global row, else the global ones and the window
         first, last = window_ends(num_blocks, front, back, self.window)
         near = np.where(is_global, 0, last - first)

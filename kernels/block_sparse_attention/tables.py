@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernels.block_sparse_attention.lists import window_ends
+from kernels.block_sparse_attention.lists import find_global, window_ends
 from kernels.block_sparse_attention.pattern import BlockPattern, pattern_of
 
 CHUNK = 16  # entries of an item; where a block has more on average, as many times that
@@ -189,7 +189,8 @@ def _work(pattern, plan):
     blocks = np.arange(num_blocks)
     near = np.zeros(num_blocks, dtype=np.int64)
     near[:longest] = np.subtract(*window_ends(longest, front, back, pattern.window)[::-1])
-    ordinary = (blocks >= front) & (blocks < longest - back)
+    ordinary = np.zeros(num_blocks, dtype=bool)
+    ordinary[:longest] = ~find_global(longest, front, back)
     counts = np.where(
         ordinary, front + near + back + plan.sizes, np.where(blocks < front, longest + plan.global_sizes, 0)
     )

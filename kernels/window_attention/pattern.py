@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from kernels.checks import check_count
+
 
 def per_head(value: int | Sequence[int], num_heads: int, name: str, minimum: int) -> tuple[int, ...]:
     """One int a head from an int or a sequence of `num_heads` ints, each at least `minimum`.
@@ -79,6 +81,7 @@ class WindowPattern:
 
     def num_pairs(self, seq_len: int) -> list[int]:
         """Query-key pairs of each head over a sequence of `seq_len` tokens, counted exactly."""
+        check_count("seq_len", seq_len, 0)
         sides = 1 if self.causal else 2
         counts = []
         for window, dilation in zip(self.window, self.dilation, strict=True):

@@ -64,12 +64,12 @@ class SlidingWindowAttention(nn.Module):
         """Take `pattern`, which `pattern_for(**options)` gave; options not named stay."""
         self.pattern, self.options = pattern, self.options | options
 
-    def check_device(self, device: torch.device) -> None:
-        """ValueError where `impl` names a path that cannot run on a device, or not with these positions."""
+    def check_device(self, device: torch.device, dtype: torch.dtype) -> None:
+        """ValueError where `impl` names a path that cannot run on a device in a dtype, or not with these positions."""
         if self.impl == "triton":
             head_dim = self.qkv.in_features // self.num_heads
             needs: Any = self.position.kernel_arguments
-            reason = why_not_triton(device, head_dim=head_dim, needs=needs)
+            reason = why_not_triton(device, head_dim=head_dim, dtype=dtype, needs=needs)
             if reason is not None:
                 raise ValueError(f"impl='triton': {reason}; use impl='auto'")
 

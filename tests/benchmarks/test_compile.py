@@ -258,7 +258,9 @@ with tile_table.trial("window_forward", tiles):
 
 
 def test_a_pattern_without_a_row_is_an_error(capsys):
-    assert report.main(["--only", "no such kernel"]) == 1
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["--only", "no such kernel"])
+    assert stopped.value.code == 2
     assert "no row is called *no such kernel*" in capsys.readouterr().err
 
 

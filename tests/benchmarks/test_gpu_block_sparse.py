@@ -16,7 +16,6 @@ from benchmarks.gpu_block_sparse import (
     UNIFORM,
     BlockCase,
     BlockProblem,
-    block_mask,
     flex_maker,
 )
 from benchmarks.gpu_case import FLEX_BEST, MODULE
@@ -114,7 +113,7 @@ def test_reference_is_the_dense_oracle(seq_len):
 def test_block_lists_are_the_pattern(plan, block_size):
     case = replace(SMALL, seq_len=16 * 20, plan=plan, num_heads=3)
     seen = case.pattern.counts(20) > 0
-    mask = block_mask(case.pattern, 320, "cpu", block_size)
+    mask = flex.pattern_mask(case.pattern, 320, "cpu", block_size)
     blocks = 320 // block_size
     inside = seen.view(3, blocks, 20 // blocks, blocks, 20 // blocks).sum((2, 4))
     full = inside == (block_size // 16) ** 2
@@ -139,7 +138,7 @@ def test_what_block_lists_cannot_say_is_a_row_with_the_reason():
     assert on.failures == [] and rows[OURS, BOTH].median_ms > 0
     assert "of 1024 tokens some rows count a block twice, which a BlockMask cannot" in rows[FLEX, BOTH].note
     with pytest.raises(ValueError, match="blocks of 64 do not divide 208 tokens in blocks of 16"):
-        block_mask(SMALL.pattern, 208, "cpu", 64)
+        flex.pattern_mask(SMALL.pattern, 208, "cpu", 64)
 
 
 def test_measured_cases_have_no_repeated_block():

@@ -9,7 +9,7 @@ from benchmarks import tune
 from kernels import tile_table
 
 
-@pytest.mark.parametrize("kernel", ["window_forward", "window_key_grad", "global_columns", "block_key_grad"])
+@pytest.mark.parametrize("kernel", ["window_forward", "global_columns", "block_key_grad", *tune.NYSTROM])
 @pytest.mark.parametrize(("block_d", "element_size"), [(16, 2), (64, 2), (256, 2), (64, 4), (256, 4)])
 def test_there_are_candidates_and_none_is_beyond_a_multiprocessor(kernel, block_d, element_size):
     options = list(tune.candidates(kernel, block_d, element_size))
@@ -17,6 +17,10 @@ def test_there_are_candidates_and_none_is_beyond_a_multiprocessor(kernel, block_
     for option in options:
         assert (option["BLOCK_M"] + option["BLOCK_N"] * option["num_stages"]) * block_d * element_size <= 200_000
         assert ("SPLIT" in option) == (kernel in tile_table.WINDOW_KERNELS)
+
+
+def test_every_kernel_of_the_table_can_be_tuned():
+    assert set(tune.BACKWARD) == {row["kernel"] for row in tile_table.rows()}
 
 
 def test_the_fastest_is_chosen_and_what_fails_is_passed_over():

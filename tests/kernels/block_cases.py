@@ -69,7 +69,7 @@ def make_pattern(kind: str, seq_len: int, block_size: int, num_heads: int, seed:
         "many_random": lambda: BlockPattern.bigbird(*sizes, 3, seed),
         "front": lambda: BlockPattern.bigbird(*sizes, 1, seed, global_blocks="front"),
         "full_when_short": lambda: BlockPattern.bigbird(*sizes, 1, seed, full_when_short=True),
-        "etc": lambda: BlockPattern.etc(*sizes, 2),
+        "etc": lambda: BlockPattern.etc(*sizes, min(2, num_blocks)),
         "uniform": lambda: BlockPattern.uniform(*sizes, 2, seed),
         "uniform_wide": lambda: BlockPattern.uniform(*sizes, 1, seed, window=5, front=2, back=3),
         "only_random": lambda: BlockPattern.uniform(*sizes, 3, seed, window=0, front=0, back=0),

@@ -267,6 +267,10 @@ def test_lengths_that_a_pattern_does_not_serve_are_named():
     pattern, fixed = BlockPattern.bigbird(40, 4, 2), BlockPattern.bigbird(47, 4, 2, compat="tf")
     with pytest.raises(ValueError, match="the sequence has 41 tokens, the pattern is made for at most 40"):
         pattern.num_pairs(41)
+    with pytest.raises(ValueError, match="seq_len is -1, it must be a whole number of at least 0"):
+        pattern.num_pairs(-1)
+    with pytest.raises(ValueError, match="num_global_blocks is 5, the 15 tokens of seq_len have 4 blocks of 4"):
+        BlockPattern.etc(15, 4, 2, num_global_blocks=5)
     with pytest.raises(ValueError, match="num_blocks is 11, the pattern is made for 0 to 10 blocks"):
         pattern.counts(11)
     with pytest.raises(ValueError, match="44 tokens, that is 11 blocks; this pattern, .* for 12 blocks of 4 alone"):

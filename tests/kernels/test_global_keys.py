@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.memory import LargestTensor
 from kernels.window_attention import blocked, window_attention
 from tests.kernels.global_cases import CASES, GLOBAL_SETS, build, drawn_cases, make_global_index
-from tests.kernels.test_window_runtime import LargestTensor
 from tests.kernels.window import (
     IMPLEMENTATIONS,
     MASKS,

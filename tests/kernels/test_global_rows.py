@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
+from benchmarks.memory import LargestTensor
 from kernels.window_attention import global_rows_attention, window_attention
 from tests.kernels.global_cases import (
     GLOBAL_SETS,
@@ -14,7 +15,6 @@ from tests.kernels.global_cases import (
     make_global_index,
     rows_by_loops,
 )
-from tests.kernels.test_window_runtime import LargestTensor
 from tests.kernels.window import (
     IMPLEMENTATIONS,
     MASKS,

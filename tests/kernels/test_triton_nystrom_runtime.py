@@ -95,6 +95,15 @@ def test_what_the_kernels_cannot_take_is_named():
     assert "not torch.int64" in str(why_not_triton(torch.device("cpu"), head_dim=16, dtype=torch.int64))
 
 
-def test_the_table_has_every_kernel_for_every_head():
+def test_the_table_has_these_kernels_and_no_others():
     kernels = {row["kernel"] for row in json.loads(tile_table.FILE.read_text())}
     assert set(api.KERNELS) == {kernel for kernel in kernels if kernel.startswith("nystrom_")}
+
+
+@pytest.mark.parametrize("kernel", api.KERNELS)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_the_table_has_every_head_dim(kernel, arch):
+    for element_size in (2, 4):
+        for head_dim in (1, 16, 20, 64, 80, 128, 200, 256):
+            tiles = tile_table.choose(kernel, num_seen=64, arch=arch, element_size=element_size, head_dim=head_dim)
+            assert tiles["BLOCK_D"] >= head_dim and min(tiles["BLOCK_M"], tiles["BLOCK_N"]) >= 16

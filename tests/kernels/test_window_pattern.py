@@ -43,6 +43,11 @@ def test_num_pairs_counts_the_mask(window, dilation, causal, seq_len):
     assert pattern.num_pairs(seq_len) == pattern.mask(seq_len).sum(dim=(1, 2)).tolist()
 
 
+def test_pairs_of_less_than_no_tokens():
+    with pytest.raises(ValueError, match="seq_len is -1, it must be a whole number of at least 0"):
+        WindowPattern.of(2, 1, num_heads=1, causal=True).num_pairs(-1)
+
+
 @SIDES
 @pytest.mark.parametrize("window, dilation", PATTERNS)
 def test_reach_is_the_farthest_key(window, dilation, causal):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.memory import LargestTensor
 from kernels.window_attention import blocked, window_attention
-from tests.kernels.test_window_runtime import LargestTensor
 from tests.kernels.window import (
     IMPLEMENTATIONS,
     MASKS,

@@ -5,10 +5,9 @@ import warnings
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.memory import LargestTensor
 from kernels.window_attention import blocked, window_attention
 from tests.kernels.window import assert_same, error, make_inputs, make_valid, num_columns, run
 
@@ -31,21 +30,6 @@ def build(kind: str, seq_len: int, causal: bool, window: int = 64, dtype: torch.
         "global_index": index if "globals" in kind else None,
         "impl": "blocked",
     }
-
-
-class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest storage behind any result of any operation."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(results):
-            if isinstance(leaf, torch.Tensor):
-                self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
-        return results
 
 
 def largest_tensor(kind: str, seq_len: int, causal: bool) -> int:

@@ -26,7 +26,7 @@ def patterns(draw):
     seq_len = draw(st.integers(1, 14 * block_size))
     kind = draw(st.sampled_from(["uniform", "etc", "mask"]))
     if kind == "etc":
-        return BlockPattern.etc(seq_len, block_size, num_heads, draw(st.integers(0, 3)))
+        return BlockPattern.etc(seq_len, block_size, num_heads, draw(st.integers(0, min(3, -(-seq_len // block_size)))))
     if kind == "uniform":
         front, back, window = draw(st.integers(0, 2)), draw(st.integers(0, 2)), draw(st.sampled_from([0, 1, 3, 5]))
         sizes = (seq_len, block_size, num_heads, draw(st.integers(0, 3)))
