@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -50,16 +51,20 @@ def test_quick_run_fills_every_column(mechanism, tmp_path):
     assert "theirs / ours" in done.stdout and "targets" in done.stdout
 
 
-def test_all_mechanisms_are_measured_unless_one_is_named(monkeypatch, tmp_path):
-    def one_row(mechanism, *, is_quick, num_rounds):
-        yield iter([tables.row_of(mechanism, "module", OURS, FORWARD, mechanism.quick, note="seen")])
+def one_row(name, *, is_quick, num_rounds):
+    mechanism = tables.mechanism_of(name)
+    return [tables.row_of(mechanism, "module", OURS, FORWARD, mechanism.quick, note=f"process {os.getpid()}")]
 
-    monkeypatch.setattr(attention, "all_tables", one_row)
+
+def test_all_mechanisms_are_measured_in_processes_of_their_own_unless_one_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(attention, "_measure", one_row)
     for chosen, expected in ((), list(attention.MECHANISMS)), (("--mechanism", "window"), ["window"]):
         path = tmp_path / "attention.csv"
         assert attention.main(["--quick", *chosen, "--output", str(path)]) == 0
         with path.open(encoding="utf-8") as file:
-            assert [row["mechanism"] for row in csv.DictReader(file)] == expected
+            rows = list(csv.DictReader(file))
+        assert [row["mechanism"] for row in rows] == expected
+        assert len({row["note"] for row in rows}) == len(expected)
 
 
 @pytest.mark.gpu
