@@ -7,7 +7,7 @@ import triton.language as tl
 from kernels.launch import Launch, on_device
 from kernels.nystrom_attention.launch import Tables
 
-BLOCK_T, BLOCK_C = 32, 128  # tokens and channels, of all heads, of a tile
+BLOCK_T, BLOCK_C = 64, 128  # tokens and channels, of all heads, of a tile
 
 
 @triton.jit(do_not_specialize=["table_stride", "index_stride", "num_landmarks"])
