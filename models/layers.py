@@ -1,39 +1,76 @@
 """Parts that every architecture shares: the feed-forward layer, the block and the initialisation."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
 
 class MLP(nn.Module):
-    """Two linear layers with GELU and dropout between and after: [B, T, M] -> [B, T, M]."""
+    """Two linear layers with an activation between and dropout after both: [B, T, M] -> [B, T, M].
 
-    def __init__(self, dim: int, hidden: int, dropout: float):
+    inner_dropout: that after the activation, `dropout` if None. activation: a key of ACTIVATIONS.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, dropout: float, *, activation: str = "gelu", inner_dropout: float | None = None
+    ):
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}, it must be one of {', '.join(ACTIVATIONS)}")
         self.up = nn.Linear(dim, hidden)
         self.down = nn.Linear(hidden, dim)
+        self.activation = ACTIVATIONS[activation]
+        self.inner_dropout = nn.Dropout(dropout if inner_dropout is None else inner_dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, M] -> [B, T, M]."""
-        return self.dropout(self.down(self.dropout(F.gelu(self.up(x)))))
+        return self.dropout(self.down(self.inner_dropout(self.activation(self.up(x)))))
 
 
 class Block(nn.Module):
-    """Pre-LayerNorm transformer block around a given attention module: [B, T, M] -> [B, T, M]."""
+    """Transformer block around a given attention module: [B, T, M] -> [B, T, M].
 
-    def __init__(self, attention: nn.Module, dim: int, hidden: int, dropout: float):
+    pre_norm: LayerNorm before the attention and the feed-forward layer (GPT-2), else behind the sums (BERT).
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        dim: int,
+        hidden: int,
+        dropout: float,
+        *,
+        activation: str = "gelu",
+        inner_dropout: float | None = None,
+        norm_eps: float = 1e-5,
+        pre_norm: bool = True,
+    ):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(dim)
+        self.pre_norm = pre_norm
+        self.attention_norm = nn.LayerNorm(dim, eps=norm_eps)
         self.attention = attention
-        self.mlp_norm = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, hidden, dropout)
+        self.mlp_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = MLP(dim, hidden, dropout, activation=activation, inner_dropout=inner_dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, **attention_inputs) -> torch.Tensor:
         """x [B, T, M]; the rest goes to the attention module."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), **attention_inputs))
-        return x + self.mlp(self.mlp_norm(x))
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.attention_norm(x), **attention_inputs))
+            return x + self.mlp(self.mlp_norm(x))
+        x = self.attention_norm(x + self.dropout(self.attention(x, **attention_inputs)))
+        return self.mlp_norm(x + self.mlp(x))
 
 
 def init_weights(module: nn.Module) -> None:

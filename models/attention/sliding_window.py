@@ -1,4 +1,4 @@
-"""Longformer's sliding-window self-attention as a module (arXiv 2004.05150, section 3.1)."""
+"""Longformer's self-attention as a module: a sliding window, and global tokens (arXiv 2004.05150, section 3.1)."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -6,22 +6,26 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from kernels.window_attention import WindowPattern, why_not_triton, window_attention
+from kernels.window_attention import WindowPattern, global_rows_attention, why_not_triton, window_attention
+from models.attention.base import SelfAttention
 from models.attention.options import layer_option, refuse_unknown
 from models.cache import LayerCache
 
 
-class SlidingWindowAttention(nn.Module):
-    """Multi-head attention over a dilated window, without biases: [B, T, M] -> [B, T, M].
+class SlidingWindowAttention(SelfAttention):
+    """Multi-head attention over a dilated window and to global tokens: [B, T, M] -> [B, T, M].
 
     Args:
         dim: width M; num_heads must divide it.
         layer, num_layers: this layer's index and the depth of the model, to pick its entry of `window`, `dilation`.
-        position: module that turns (query, key, pattern) into what the kernel needs, see `models.positions`.
+        position: module that turns (query, key, pattern) into what the kernel needs, see `models.positions`; None where
+            the model adds positions to its embeddings.
         window: keys on each side of a query, itself excluded, in steps of `dilation`: an int, or one entry a layer,
             each an int or one int a head.
         dilation: distance between neighbouring keys, in the same forms.
         causal: whether a query sees keys to its right.
+        bias: whether the projections have biases.
+        global_tokens: whether there are global tokens, whose rows have projections of their own.
         impl: path of `kernels.window_attention.window_attention`.
     """
 
@@ -32,18 +36,20 @@ class SlidingWindowAttention(nn.Module):
         layer: int,
         *,
         num_layers: int,
-        position: nn.Module,
-        causal: bool,
         window: int | Sequence,
+        position: nn.Module | None = None,
+        causal: bool = False,
         dilation: int | Sequence = 1,
+        bias: bool = False,
+        global_tokens: bool = False,
         impl: Literal["auto", "triton", "blocked", "reference"] = "auto",
     ):
-        super().__init__()
-        self.layer, self.num_layers, self.num_heads = layer, num_layers, num_heads
+        super().__init__(dim, num_heads, bias=bias, out_bias=bias)
+        self.layer, self.num_layers = layer, num_layers
         self.causal, self.impl = causal, impl
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
         self.position = position
+        self.query_global = nn.Linear(dim, dim, bias=bias) if global_tokens else None
+        self.key_value_global = nn.Linear(dim, 2 * dim, bias=bias) if global_tokens else None
         self.options = {"window": window, "dilation": dilation}
         self.pattern = self.pattern_for()
 
@@ -68,7 +74,7 @@ class SlidingWindowAttention(nn.Module):
         """ValueError where `impl` names a path that cannot run on a device in a dtype, or not with these positions."""
         if self.impl == "triton":
             head_dim = self.qkv.in_features // self.num_heads
-            needs: Any = self.position.kernel_arguments
+            needs: Any = () if self.position is None else self.position.kernel_arguments
             reason = why_not_triton(device, head_dim=head_dim, dtype=dtype, needs=needs)
             if reason is not None:
                 raise ValueError(f"impl='triton': {reason}; use impl='auto'")
@@ -78,16 +84,24 @@ class SlidingWindowAttention(nn.Module):
         return LayerCache(batch_size, self.pattern)
 
     def forward(
-        self, x: torch.Tensor, *, valid: torch.Tensor | None = None, cache: LayerCache | None = None
+        self,
+        x: torch.Tensor,
+        *,
+        valid: torch.Tensor | None = None,
+        global_index: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        """x [B, T, M], valid [B, T] bool (True = real) -> [B, T, M]; with a cache x goes on where its text stopped."""
-        batch, seq_len, dim = x.shape
-        fused = self.qkv(x).view(batch, seq_len, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = fused.unbind(2)  # [B, T, H, D]
-        start = query_start = 0
+        """x [B, T, M] -> [B, T, M]; with a cache x goes on where its text stopped.
+
+        valid: [B, T] bool, True = real. global_index: [B, G] int64 positions of valid tokens, ascending, -1 pads, as
+        `global_positions` gives them.
+        """
+        query, key, value = self.project(x)
+        start, query_start, terms = 0, 0, {}
         if cache is not None:
             start = self._position_in(cache, valid)
-        query, key, terms = self.position(query, key, self.pattern, start)
+        if self.position is not None:
+            query, key, terms = self.position(query, key, self.pattern, start)
         if cache is not None:
             key, value, query_start = cache.append(key, value)
         out = window_attention(
@@ -98,11 +112,30 @@ class SlidingWindowAttention(nn.Module):
             dilation=self.pattern.dilation,
             causal=self.causal,
             valid=valid,
+            global_index=global_index,
             query_start=query_start,
             impl=self.impl,
             **terms,
         )
-        return self.out(out.reshape(batch, seq_len, dim))
+        if global_index is not None:
+            out = self._with_global_rows(out, x, valid, global_index)
+        return self.merge(out)
+
+    def _with_global_rows(self, out, x, valid, global_index):
+        """`out` [B, T, H, D] with the rows of the global tokens replaced by what they get from all of x [B, T, M]."""
+        if self.query_global is None or self.key_value_global is None:
+            raise ValueError("this layer has no global tokens: build it with global_tokens=True")
+        seq_len, pads = x.shape[1], global_index < 0
+        tokens = x.take_along_dim(global_index.clamp(min=0)[..., None], dim=1)  # [B, G, M]
+        query = self.query_global(tokens).unflatten(-1, (self.num_heads, -1))
+        key, value = self.key_value_global(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        options = {"global_index": global_index, "valid": valid, "causal": self.causal, "impl": self.impl}
+        rows = global_rows_attention(query, key, value, **options)  # zeros at the pads
+        # a last column, dropped at once, takes the pads
+        is_global = torch.zeros(len(x), seq_len + 1, dtype=torch.bool, device=x.device)
+        is_global = is_global.scatter(1, global_index.masked_fill(pads, seq_len), True)[:, :seq_len]
+        place = global_index.clamp(min=0)[:, :, None, None].expand(rows.shape)
+        return out.masked_fill(is_global[:, :, None, None], 0.0).scatter_add_(1, place, rows)
 
     def _position_in(self, cache, valid):
         """The position of the next token of a cache, once it is sure that the cache can serve this layer."""

@@ -1,0 +1,150 @@
+"""Published architectures: their configuration as arguments of ours, their tensors' names as ours.
+
+Facts: models/{bert,roberta,longformer,big_bird,nystromformer} of huggingface/transformers.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+from models.attention.block_sparse import BlockSparseAttention
+from models.attention.dense import DenseAttention
+from models.attention.nystrom import NystromAttention
+from models.attention.sliding_window import SlidingWindowAttention
+from models.errors import PretrainedError
+
+ACTIVATION_NAMES = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+                    "silu": "silu", "swish": "silu"}  # fmt: skip
+# name of the encoder in a model with a head
+PREFIXES = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "longformer": "longformer",
+            "big_bird": "bert", "nystromformer": "nystromformer"}  # fmt: skip
+ROBERTA_LIKE = ("roberta", "xlm-roberta", "longformer")
+# theirs that repeat another tensor, or hold what follows from the configuration
+REPEATED = ("lm_head.decoder.weight", "lm_head.decoder.bias", "cls.predictions.decoder.weight",
+            "cls.predictions.decoder.bias")  # fmt: skip
+DERIVED = ("embeddings.position_ids", "embeddings.token_type_ids")
+
+
+class Entry(NamedTuple):
+    """A tensor of ours and those of theirs that it is put together from, along its first dimension."""
+
+    ours: str
+    theirs: tuple[str, ...]
+
+
+def model_type(config: dict[str, Any]) -> str:
+    """Which architecture a config.json is of; PretrainedError for one that is not known."""
+    found = config.get("model_type")
+    if found not in PREFIXES:
+        raise PretrainedError(f"model_type is {found!r}, known are {', '.join(sorted(PREFIXES))}")
+    return found
+
+
+def encoder_options(config: dict[str, Any], compat: str | None) -> dict[str, Any]:
+    """Arguments of `Encoder` for a config.json."""
+    kind = model_type(config)
+    offset, positions = 0, "index"
+    if kind in ROBERTA_LIKE:
+        offset, positions = config["pad_token_id"] + 1, "counted"
+    rows = config["max_position_embeddings"]
+    if kind == "nystromformer":
+        offset, rows = 2, rows + 2
+    scale = config["hidden_size"] ** 0.5 if config.get("rescale_embeddings") else 1.0
+    return {
+        "attention": _attention(kind, config, compat),
+        "vocab_size": config["vocab_size"],
+        "max_positions": rows - offset,
+        "dim": config["hidden_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "hidden": config["intermediate_size"],
+        "num_token_types": config["type_vocab_size"],
+        "position_offset": offset,
+        "positions": positions,
+        "pad_id": config["pad_token_id"],
+        "activation": activation_of(config),
+        "norm_eps": config["layer_norm_eps"],
+        "dropout": config["hidden_dropout_prob"],
+        "dropout_before_norm": kind == "big_bird",
+        "embedding_scale": scale,
+    }
+
+
+def activation_of(config: dict[str, Any]) -> str:
+    """Our name of a configuration's `hidden_act`."""
+    name = config["hidden_act"]
+    if name not in ACTIVATION_NAMES:
+        raise PretrainedError(f"hidden_act is {name!r}, known are {', '.join(ACTIVATION_NAMES)}")
+    return ACTIVATION_NAMES[name]
+
+
+def _attention(kind, config, compat):
+    if kind == "longformer":
+        windows = config["attention_window"]
+        windows = [windows] * config["num_hidden_layers"] if isinstance(windows, int) else windows
+        odd = [window for window in windows if window % 2 or window <= 0]
+        if odd:
+            raise PretrainedError(f"attention_window has {odd[0]}: it counts both sides and must be even, above 0")
+        one_sided = [window // 2 for window in windows]
+        return partial(SlidingWindowAttention, window=one_sided, bias=True, global_tokens=True)
+    if kind == "big_bird" and config["attention_type"] == "block_sparse":
+        return partial(
+            BlockSparseAttention,
+            max_positions=config["max_position_embeddings"],
+            block_size=config["block_size"],
+            num_random_blocks=config["num_random_blocks"],
+            bias=config["use_bias"],
+            compat=compat,
+        )
+    if kind == "nystromformer":
+        num_landmarks, pinv_init = config["num_landmarks"], "original" if compat == "hf" else "exact"
+        if num_landmarks == config["segment_means_seq_len"]:
+            # as published: plain attention beside the convolution, whatever the length
+            num_landmarks = config["max_position_embeddings"]
+        taps = config["conv_kernel_size"]
+        return partial(NystromAttention, num_landmarks=num_landmarks, num_taps=taps, pinv_init=pinv_init, compat=compat)
+    bias = config.get("use_bias", True)
+    return partial(DenseAttention, bias=bias, dropout=config["attention_probs_dropout_prob"])
+
+
+def encoder_entries(config: dict[str, Any], names: set[str]) -> Iterator[Entry]:
+    """The tensors of an `Encoder`, without "encoder." before ours and the prefix before theirs.
+
+    names: those of ours that there are, as not every encoder has every tensor.
+    """
+    pairs = {
+        "word.weight": ("embeddings.word_embeddings.weight",),
+        "position.weight": ("embeddings.position_embeddings.weight",),
+        "token_type.weight": ("embeddings.token_type_embeddings.weight",),
+    }
+    pooler = "pooler" if model_type(config) == "big_bird" else "pooler.dense"
+    modules = {"norm": ("embeddings.LayerNorm",), "pooler": (pooler,)}
+    for layer in range(config["num_hidden_layers"]):
+        ours, theirs = f"layers.{layer}", f"encoder.layer.{layer}"
+        own = f"{theirs}.attention.self"
+        modules |= {
+            f"{ours}.attention.qkv": tuple(f"{own}.{name}" for name in ("query", "key", "value")),
+            f"{ours}.attention.query_global": (f"{own}.query_global",),
+            f"{ours}.attention.key_value_global": (f"{own}.key_global", f"{own}.value_global"),
+            f"{ours}.attention.out": (f"{theirs}.attention.output.dense",),
+            f"{ours}.attention_norm": (f"{theirs}.attention.output.LayerNorm",),
+            f"{ours}.mlp.up": (f"{theirs}.intermediate.dense",),
+            f"{ours}.mlp.down": (f"{theirs}.output.dense",),
+            f"{ours}.mlp_norm": (f"{theirs}.output.LayerNorm",),
+        }
+        pairs[f"{ours}.attention.conv_weight"] = (f"{own}.conv.weight",)
+    for ours, theirs in modules.items():
+        for part in ("weight", "bias"):
+            pairs[f"{ours}.{part}"] = tuple(f"{name}.{part}" for name in theirs)
+    return (Entry(ours, theirs) for ours, theirs in pairs.items() if ours in names)
+
+
+def masked_lm_entries(config: dict[str, Any]) -> Iterator[Entry]:
+    """The tensors of `MaskedLM` beside its encoder's."""
+    dense, norm, bias = "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
+    if model_type(config) in ROBERTA_LIKE:
+        dense, norm, bias = "lm_head.dense", "lm_head.layer_norm", "lm_head.bias"
+    for part in ("weight", "bias"):
+        yield Entry(f"dense.{part}", (f"{dense}.{part}",))
+        yield Entry(f"norm.{part}", (f"{norm}.{part}",))
+    yield Entry("bias", (bias,))

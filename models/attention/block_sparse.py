@@ -1,0 +1,77 @@
+"""BigBird's block-sparse self-attention as a module (arXiv 2007.14062, section 2)."""
+
+from typing import Literal
+
+import torch
+
+from kernels.block_sparse_attention import BlockPattern, block_sparse_attention
+from models.attention.base import SelfAttention
+
+FULL_ATTENTION_BLOCKS = (5, 2)  # and of each random block: modeling_big_bird.py, BigBirdModel.forward
+
+
+class BlockSparseAttention(SelfAttention):
+    """Global blocks, a window of blocks and random ones: [B, T, M] -> [B, T, M].
+
+    Args:
+        dim: width M; num_heads must divide it.
+        layer: this layer's index, the seed of its random blocks as in the released models; num_layers: unused.
+        max_positions: the longest text in tokens.
+        block_size, num_random_blocks: as in `BlockPattern.bigbird`.
+        bias: of the query, key and value projections; the output projection always has one.
+        compat: "hf": in training what Hugging Face's model computes in train(), in evaluation what it computes in
+            eval(), for the padded length, and full attention for short texts (in that call alone: theirs stays with
+            it). None: each example's own pattern, the same in both.
+        impl: path of `kernels.block_sparse_attention.block_sparse_attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        layer: int,
+        *,
+        num_layers: int,
+        max_positions: int,
+        block_size: int = 64,
+        num_random_blocks: int = 3,
+        bias: bool = True,
+        compat: Literal["hf"] | None = None,
+        impl: Literal["auto", "triton", "blocked", "reference"] = "auto",
+    ):
+        super().__init__(dim, num_heads, bias=bias, out_bias=True)
+        self.layer, self.max_positions = layer, max_positions
+        self.block_size, self.num_random_blocks = block_size, num_random_blocks
+        self.compat, self.impl = compat, impl
+        self._patterns: dict[tuple, BlockPattern] = {}
+
+    def pattern(self, seq_len: int) -> BlockPattern:
+        """The pattern of a text of `seq_len` tokens, padding included."""
+        place: dict = {"seq_len": self.max_positions}
+        if self.compat == "hf":
+            num_blocks = -(-seq_len // self.block_size)
+            place = {
+                "seq_len": num_blocks * self.block_size,
+                "compat": "hf_train" if self.training else "hf_eval",
+                "max_position_embeddings": self.max_positions,
+            }
+            at_once, each = FULL_ATTENTION_BLOCKS
+            if seq_len <= (at_once + each * self.num_random_blocks) * self.block_size:
+                place["compat"] = None
+        key = tuple(place.values())
+        if key not in self._patterns:
+            self._patterns[key] = self._make(place)
+        return self._patterns[key]
+
+    def _make(self, place):
+        sizes = {"block_size": self.block_size, "num_heads": self.num_heads}
+        if self.compat == "hf" and place["compat"] is None:
+            return BlockPattern.from_function(lambda row, column: True, place["seq_len"], **sizes)
+        return BlockPattern.bigbird(**place, **sizes, num_random_blocks=self.num_random_blocks, seed=self.layer)
+
+    def forward(
+        self, x: torch.Tensor, *, valid: torch.Tensor | None = None, global_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [B, T, M], valid [B, T] bool (True = real) -> [B, T, M]; global are blocks, not tokens."""
+        out = block_sparse_attention(*self.project(x), self.pattern(x.shape[1]), valid=valid, impl=self.impl)
+        return self.merge(out)

@@ -1,0 +1,64 @@
+"""Short dense models turned into long ones give the same for short texts, and read long ones."""
+
+import pytest
+import torch
+
+from models import convert
+from models.errors import PretrainedError
+from models.pretrained import load_pretrained
+from tests.models.test_pretrained import SIZES, theirs
+
+LONG = 150
+SIZED = {"longformer": {"window": 20}, "big_bird": {"block_size": 16, "num_random_blocks": 1},
+         "nystromformer": {"num_landmarks": 20}}  # fmt: skip
+
+
+@pytest.mark.parametrize("to", SIZED)
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_short_texts_give_the_same_and_long_ones_run(kind, to, tmp_path):
+    original = theirs(kind, "ForMaskedLM")
+    original.save_pretrained(tmp_path / "short")
+    difference = convert.convert(tmp_path / "short", tmp_path / "long", to=to, max_positions=LONG, **SIZED[to])
+    assert difference < 1e-4
+    short, long = load_pretrained(tmp_path / "short"), load_pretrained(tmp_path / "long")
+    input_ids = torch.randint(3, SIZES["vocab_size"], (2, LONG), generator=torch.Generator().manual_seed(2))
+    assert (short(input_ids[:, :12]) - long(input_ids[:, :12])).abs().max() < 1e-4
+    assert long(input_ids).isfinite().all()
+    rows, table = short.encoder.max_positions, long.encoder.position.weight[long.encoder.position_offset :]
+    assert len(table) == LONG and torch.equal(table[rows : 2 * rows], table[:rows])
+    with pytest.raises(ValueError, match="151 tokens, the position table of this model 150: .* models.convert"):
+        long(torch.full((1, LONG + 1), 5))
+
+
+def test_global_projections_begin_as_copies(tmp_path):
+    theirs("roberta", "ForMaskedLM").save_pretrained(tmp_path / "short")
+    convert.convert(tmp_path / "short", tmp_path / "long", to="longformer", max_positions=LONG, window=20)
+    attention = load_pretrained(tmp_path / "long").encoder.layers[1].attention
+    assert torch.equal(
+        torch.cat([attention.query_global.weight, attention.key_value_global.weight]), attention.qkv.weight
+    )
+    # with the window over all of a short text a global token changes nothing
+    model, input_ids = load_pretrained(tmp_path / "long"), torch.arange(3, 18)[None]
+    is_global = torch.zeros_like(input_ids, dtype=torch.bool)
+    is_global[0, 4] = True
+    assert (model(input_ids, None, is_global) - model(input_ids)).abs().max() < 1e-4
+
+
+def test_random_rows_are_others_and_reserved_ones_stay(tmp_path):
+    theirs("roberta", "ForMaskedLM").save_pretrained(tmp_path / "short")
+    options = {"to": "longformer", "max_positions": LONG, "window": 20, "positions": "random"}
+    convert.convert(tmp_path / "short", tmp_path / "long", **options)
+    short, long = (load_pretrained(tmp_path / name).encoder.position.weight for name in ("short", "long"))
+    assert torch.equal(short[:2], long[:2]) and not torch.isclose(short[2:20], long[2:20]).any(dim=1).all()
+
+
+def test_what_cannot_be_converted_is_named(tmp_path, capsys):
+    theirs("longformer", "ForMaskedLM").save_pretrained(tmp_path / "long")
+    with pytest.raises(PretrainedError, match="is a longformer, only bert, roberta, xlm-roberta are converted"):
+        convert.convert(tmp_path / "long", tmp_path / "new", to="big_bird", max_positions=LONG)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(PretrainedError, match="is there already and not empty"):
+        convert.convert(tmp_path / "long", tmp_path / "full", to="big_bird", max_positions=LONG)
+    assert convert.main([str(tmp_path / "none" / "such" / "folder"), str(tmp_path / "new"), "--to", "longformer"]) == 4
+    assert "is no folder with config.json" in capsys.readouterr().err
