@@ -12,6 +12,19 @@ def refuse_unbuilt(function: str, **arguments) -> None:
             raise NotImplementedError(f"{function}: the argument {name} is not implemented yet")
 
 
+def check_tensors(*, optional: bool = False, **arguments) -> None:
+    """ValueError naming the first argument that is no tensor; `optional` ones may be None."""
+    for name, argument in arguments.items():
+        if not isinstance(argument, torch.Tensor) and not (optional and argument is None):
+            raise ValueError(f"{name} is {type(argument).__name__}, it must be a tensor")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, it must be True or False")
+
+
 def check_shapes(query, key, value, valid, name: str = "query") -> None:
     """ValueError where query [B, T, H, D], key and value [B, S, Hkv, D], valid [B, S] or their dtypes do not fit."""
     if query.dim() != 4 or key.dim() != 4:
@@ -21,6 +34,8 @@ def check_shapes(query, key, value, valid, name: str = "query") -> None:
     batch, _, num_heads, head_dim = query.shape
     if key.shape[0] != batch or key.shape[3] != head_dim:
         raise ValueError(f"{name} {tuple(query.shape)} and key {tuple(key.shape)} differ in batch or head dim")
+    if not key.shape[2]:
+        raise ValueError(f"key {tuple(key.shape)} has no heads")
     if num_heads % key.shape[2]:
         raise ValueError(f"{num_heads} query heads are no multiple of {key.shape[2]} key heads")
     if valid is not None and (valid.shape != key.shape[:2] or valid.dtype != torch.bool):

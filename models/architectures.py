@@ -112,7 +112,7 @@ def encoder_entries(config: dict[str, Any], names: set[str]) -> Iterator[Entry]:
 
     names: those of ours that there are, as not every encoder has every tensor.
     """
-    pairs = {
+    pairs: dict[str, tuple[str, ...]] = {
         "word.weight": ("embeddings.word_embeddings.weight",),
         "position.weight": ("embeddings.position_embeddings.weight",),
         "token_type.weight": ("embeddings.token_type_embeddings.weight",),

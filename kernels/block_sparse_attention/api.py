@@ -8,7 +8,7 @@ import torch
 from kernels import dispatch
 from kernels.block_sparse_attention import blocked, reference
 from kernels.block_sparse_attention.pattern import BlockPattern
-from kernels.checks import check_shapes, empty_result, under_autocast
+from kernels.checks import check_shapes, check_tensors, empty_result, under_autocast
 
 KERNELS = ("block_forward", "block_query_grad", "block_key_grad")
 BLOCK_SIZES = (16, 128)  # smallest and largest that the kernels take
@@ -54,6 +54,8 @@ def block_sparse_attention(
     """
     if not isinstance(pattern, BlockPattern):
         raise ValueError(f"pattern must be a BlockPattern, got {type(pattern).__name__}")
+    check_tensors(query=query, key=key, value=value)
+    check_tensors(optional=True, valid=valid)
     query, key, value = under_autocast(query, key, value)
     check_shapes(query, key, value, valid)
     _check_fit(query, key, pattern)

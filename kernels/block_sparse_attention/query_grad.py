@@ -67,7 +67,8 @@ def block_attention_query_grad_kernel(
     out = load_tile(out_ptr + out_tile, row_mask, dim_mask, True, MASK_DIMS)
     delta = tl.sum(out.to(ACC) * out_grad.to(ACC), 1)
     statistics = (batch * H + head) * T + rows
-    tl.store(delta_ptr + statistics, delta, mask=row_mask & (first == 0))
+    if first == 0:
+        tl.store(delta_ptr + statistics, delta, mask=row_mask)
     lse2 = load_lse2(lse2_ptr + statistics, row_mask)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels import dispatch
-from kernels.checks import check_shapes, empty_result, under_autocast
+from kernels.checks import check_shapes, check_tensors, empty_result, under_autocast
 from kernels.nystrom_attention import reference, streaming
 from kernels.nystrom_attention.checks import check_arguments
 
@@ -75,6 +75,8 @@ def nystrom_attention(
             "causal is True, Nyström attention has no causal form: a landmark averages a whole segment of the text, so "
             "each row would see tokens that follow it"
         )
+    check_tensors(query=query, key=key, value=value)
+    check_tensors(optional=True, valid=valid, conv_weight=conv_weight)
     query, key, value = under_autocast(query, key, value)
     check_shapes(query, key, value, valid)
     check_arguments(query, key, num_landmarks, pinv_iterations, pinv_init, conv_weight, compat)

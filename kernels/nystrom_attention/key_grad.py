@@ -102,38 +102,17 @@ def softmax_key_grad_kernel(
     # a key's gradients hold its own probabilities alone: those of a key that nobody sees are cleared at the end
     key_grad = tl.where(seen[:, None], key_grad * scale, 0.0)
     value_grad = tl.where(seen[:, None], value_grad, 0.0)
-    # once, whatever the number of parts
-    spread_mask = there & (part == 0)
-    if SPREAD_KEY:
-        key_grad += load_spread(
-            key_spread_ptr,
-            index_ptr,
-            index_stride_b,
-            batch,
-            head,
-            keys,
-            spread_mask,
-            dims,
-            dim_mask,
-            num_landmarks,
-            H,
-            D,
-        )
-    if SPREAD_VALUE:
-        value_grad += load_spread(
-            value_spread_ptr,
-            index_ptr,
-            index_stride_b,
-            batch,
-            head,
-            keys,
-            spread_mask,
-            dims,
-            dim_mask,
-            num_landmarks,
-            H,
-            D,
-        )
+    if part == 0:  # once, whatever the number of parts
+        if SPREAD_KEY:
+            key_grad += load_spread(
+                key_spread_ptr, index_ptr, index_stride_b, batch, head, keys, there, dims, dim_mask,
+                num_landmarks, H, D,
+            )  # fmt: skip
+        if SPREAD_VALUE:
+            value_grad += load_spread(
+                value_spread_ptr, index_ptr, index_stride_b, batch, head, keys, there, dims, dim_mask,
+                num_landmarks, H, D,
+            )  # fmt: skip
     place = part * num_problems + problem
     grad_tile = ((place - head) * S + head) * D + tile_offsets(keys, H * D, dims, 1)
     mask = there[:, None] & dim_mask[None, :]

@@ -75,12 +75,11 @@ def softmax_query_grad_kernel(
             query_grad, query, key, value, out_grad, lse2, delta, seen[None, :], exponent_scale, True, PRECISION
         )
     query_grad *= scale
-    if SPREAD:
-        # once, whatever the number of parts
-        spread_mask = row_mask & (part == 0)
-        query_grad += load_spread(
-            spread_ptr, index_ptr, index_stride_b, batch, head, rows, spread_mask, dims, dim_mask, num_landmarks, H, D
-        )
+    if SPREAD:  # noqa: SIM102 - decided when the kernel is compiled, the other when it runs
+        if part == 0:  # once, whatever the number of parts
+            query_grad += load_spread(
+                spread_ptr, index_ptr, index_stride_b, batch, head, rows, row_mask, dims, dim_mask, num_landmarks, H, D
+            )
     place = part * num_problems + problem
     grad_tile = ((place - head) * T + head) * D + tile_offsets(rows, H * D, dims, 1)
     mask = row_mask[:, None] & dim_mask[None, :]

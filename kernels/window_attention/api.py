@@ -5,7 +5,15 @@ from collections.abc import Sequence
 import torch
 
 from kernels import dispatch
-from kernels.checks import check_shapes, empty_result, refuse_unbuilt, under_autocast
+from kernels.checks import (
+    check_count,
+    check_flag,
+    check_shapes,
+    check_tensors,
+    empty_result,
+    refuse_unbuilt,
+    under_autocast,
+)
 from kernels.window_attention import blocked, reference
 from kernels.window_attention.checks import check_global_index, check_positions
 from kernels.window_attention.pattern import WindowPattern
@@ -86,11 +94,14 @@ def window_attention(
     )
     if global_index is not None and position_query is not None:
         raise NotImplementedError("window_attention: global_index together with position_query is not implemented yet")
+    check_tensors(query=query, key=key, value=value)
+    check_tensors(optional=True, valid=valid, position_query=position_query, position_key=position_key)
+    check_flag("causal", causal)
     query, key, value, position_query, position_key = under_autocast(query, key, value, position_query, position_key)
     num_heads = query.shape[2] if query.dim() == 4 else 0
     check_shapes(query, key, value, valid)
-    if query_start < 0:
-        raise ValueError(f"query_start is {query_start}, it must be at least 0")
+    if not torch.compiler.is_compiling():  # where it may be a symbol
+        check_count("query_start", query_start, 0)
     pattern = WindowPattern.of(window, dilation, num_heads=num_heads, causal=causal)
     check_positions(position_query, position_key, query, pattern)
     if global_index is not None:
@@ -157,6 +168,9 @@ def global_rows_attention(
         document_start=document_start,
         document_end=document_end,
     )
+    check_tensors(query_global=query_global, key=key, value=value)
+    check_tensors(optional=True, valid=valid)
+    check_flag("causal", causal)
     query_global, key, value = under_autocast(query_global, key, value)
     check_shapes(query_global, key, value, valid, name="query_global")
     check_global_index(global_index, query_global, num_rows=query_global.shape[1])

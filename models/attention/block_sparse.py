@@ -8,6 +8,7 @@ from kernels.block_sparse_attention import BlockPattern, block_sparse_attention
 from models.attention.base import SelfAttention
 
 FULL_ATTENTION_BLOCKS = (5, 2)  # and of each random block: modeling_big_bird.py, BigBirdModel.forward
+EVERYTHING = "every block"
 
 
 class BlockSparseAttention(SelfAttention):
@@ -43,35 +44,34 @@ class BlockSparseAttention(SelfAttention):
         self.layer, self.max_positions = layer, max_positions
         self.block_size, self.num_random_blocks = block_size, num_random_blocks
         self.compat, self.impl = compat, impl
-        self._patterns: dict[tuple, BlockPattern] = {}
+        self._patterns: dict[tuple[str | None, int], BlockPattern] = {}
 
     def pattern(self, seq_len: int) -> BlockPattern:
         """The pattern of a text of `seq_len` tokens, padding included."""
-        place: dict = {"seq_len": self.max_positions}
-        if self.compat == "hf":
-            num_blocks = -(-seq_len // self.block_size)
-            place = {
-                "seq_len": num_blocks * self.block_size,
-                "compat": "hf_train" if self.training else "hf_eval",
-                "max_position_embeddings": self.max_positions,
-            }
-            at_once, each = FULL_ATTENTION_BLOCKS
-            if seq_len <= (at_once + each * self.num_random_blocks) * self.block_size:
-                place["compat"] = None
-        key = tuple(place.values())
-        if key not in self._patterns:
-            self._patterns[key] = self._make(place)
-        return self._patterns[key]
+        if self.compat is None:
+            return self._kept(None, self.max_positions)
+        at_once, each = FULL_ATTENTION_BLOCKS
+        if seq_len <= (at_once + each * self.num_random_blocks) * self.block_size:
+            mode = EVERYTHING
+        else:
+            mode = "hf_train" if self.training else "hf_eval"
+        return self._kept(mode, -(-seq_len // self.block_size) * self.block_size)
 
-    def _make(self, place):
-        sizes = {"block_size": self.block_size, "num_heads": self.num_heads}
-        if self.compat == "hf" and place["compat"] is None:
-            return BlockPattern.from_function(lambda row, column: True, place["seq_len"], **sizes)
-        return BlockPattern.bigbird(**place, **sizes, num_random_blocks=self.num_random_blocks, seed=self.layer)
+    def _kept(self, mode, seq_len) -> BlockPattern:
+        if (mode, seq_len) not in self._patterns:
+            sizes = (seq_len, self.block_size, self.num_heads)
+            if mode == EVERYTHING:
+                pattern = BlockPattern.from_function(lambda row, column: True, *sizes)
+            else:
+                pattern = BlockPattern.bigbird(*sizes, self.num_random_blocks, self.layer, compat=mode,
+                                               max_position_embeddings=self.max_positions)  # fmt: skip
+            self._patterns[mode, seq_len] = pattern
+        return self._patterns[mode, seq_len]
 
     def forward(
         self, x: torch.Tensor, *, valid: torch.Tensor | None = None, global_index: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x [B, T, M], valid [B, T] bool (True = real) -> [B, T, M]; global are blocks, not tokens."""
-        out = block_sparse_attention(*self.project(x), self.pattern(x.shape[1]), valid=valid, impl=self.impl)
+        query, key, value = self.project(x)
+        out = block_sparse_attention(query, key, value, self.pattern(x.shape[1]), valid=valid, impl=self.impl)
         return self.merge(out)

@@ -276,7 +276,7 @@ def test_names_tell_what_a_launch_has():
     assert WindowCase("window_key_grad", "sm_80", "float32", 16).name == "window_key_grad sm_80 float32 D16 plain"
 
 
-@pytest.mark.parametrize("page", ["kernels.md"])
+@pytest.mark.parametrize("page", ["kernels.md", "kernels_block_sparse.md", "kernels_nystrom.md"])
 def test_documents_show_the_tiles_of_the_table(page):
     """Rows x keys, warps and stages of every row that a page shows are those that a launch takes."""
     lines = [line for line in Path("docs", page).read_text(encoding="utf-8").splitlines() if " | sm_" in line]

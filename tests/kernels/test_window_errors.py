@@ -60,7 +60,9 @@ def test_neutral_values_of_unbuilt_arguments_pass():
         pytest.param({}, {"window": -1}, "window of head 0 is -1, it must be at least 0", id="window"),
         pytest.param({}, {"window": [1, 2]}, "window has 2 entries for 4 heads", id="window_list"),
         pytest.param({}, {"dilation": 0}, "dilation of head 0 is 0, it must be at least 1", id="dilation"),
-        pytest.param({}, {"query_start": -1}, "query_start is -1, it must be at least 0", id="query_start"),
+        pytest.param(
+            {}, {"query_start": -1}, "query_start is -1, it must be a whole number of at least 0", id="query_start"
+        ),
         pytest.param(
             {"key": (2, 9, H, D), "value": (2, 9, H, D)},
             {"valid": torch.ones(2, T, dtype=torch.bool)},
