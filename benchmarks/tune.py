@@ -43,13 +43,10 @@ def candidates(kernel: str, block_d: int, element_size: int) -> Iterator[dict[st
     """Tile sizes worth a try: neither tiny beside a narrow head nor beyond what registers and shared memory hold."""
     splits = (False, True) if kernel in tile_table.WINDOW_KERNELS else (None,)
     # a larger tile would be cut down to a block, or to the landmarks
-    rows, columns = (
-        [number for number in ROWS if kernel not in cut or number <= most]
-        for cut, most in (
-            ({*BLOCK_SPARSE, *LANDMARK_ROWS}, min(BLOCK_SIZE, NUM_LANDMARKS)),
-            ({*BLOCK_SPARSE, *LANDMARK_KEYS}, min(BLOCK_SIZE, NUM_LANDMARKS)),
-        )
-    )
+    most_rows = BLOCK_SIZE if kernel in BLOCK_SPARSE else NUM_LANDMARKS if kernel in LANDMARK_ROWS else ROWS[-1]
+    most_columns = BLOCK_SIZE if kernel in BLOCK_SPARSE else NUM_LANDMARKS if kernel in LANDMARK_KEYS else ROWS[-1]
+    rows = [number for number in ROWS if number <= most_rows]
+    columns = [number for number in ROWS if number <= most_columns]
     for block_m, block_n, warps, stages, split in itertools.product(rows, columns, WARPS, STAGES, splits):
         tiles = (block_m + block_n * stages) * block_d * element_size
         if block_m * block_n < 16 * 32 * warps // 2 or tiles > 200_000 or block_m * block_d * 4 > 32 * 1024 * warps:

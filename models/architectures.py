@@ -19,9 +19,10 @@ ACTIVATION_NAMES = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh"
 PREFIXES = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "longformer": "longformer",
             "big_bird": "bert", "nystromformer": "nystromformer"}  # fmt: skip
 ROBERTA_LIKE = ("roberta", "xlm-roberta", "longformer")
-# theirs that repeat another tensor, or hold what follows from the configuration
-REPEATED = ("lm_head.decoder.weight", "lm_head.decoder.bias", "cls.predictions.decoder.weight",
-            "cls.predictions.decoder.bias")  # fmt: skip
+# theirs that repeat a tensor of ours, and those that hold what follows from the configuration
+REPEATED = {"lm_head.decoder.weight": "encoder.word.weight", "lm_head.decoder.bias": "bias",
+            "cls.predictions.decoder.weight": "encoder.word.weight",
+            "cls.predictions.decoder.bias": "bias"}  # fmt: skip
 DERIVED = ("embeddings.position_ids", "embeddings.token_type_ids")
 
 

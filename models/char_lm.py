@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.window_attention import WindowPattern
 from models.cache import RollingCache
-from models.layers import Block, init_weights
+from models.layers import Block, check_sizes, init_weights
 from models.positions import RelativePositions, RotaryPositions, SharedBiases
 
 
@@ -40,14 +40,8 @@ class CharLM(nn.Module):
         checkpoint_activations: bool = False,
     ):
         super().__init__()
-        sizes = {"dim": dim, "num_layers": num_layers, "num_heads": num_heads}
-        for name, value in {**sizes, "vocab_size": vocab_size, "mlp_ratio": mlp_ratio}.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, it must be at least 1")
-        if dim % num_heads:
-            raise ValueError(f"num_heads {num_heads} does not divide dim {dim}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout is {dropout}, it must be at least 0 and below 1")
+        sizes = {"num_layers": num_layers, "vocab_size": vocab_size, "mlp_ratio": mlp_ratio}
+        check_sizes(dim=dim, num_heads=num_heads, dropout=dropout, **sizes)
         make_position = _position_maker(positions, dim, num_heads, dropout)
         self.checkpoint_activations = checkpoint_activations
         self.embed = nn.Embedding(vocab_size, dim)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.window_attention import global_positions
-from models.layers import Block
+from models.layers import Block, check_sizes
 
 
 class Encoder(nn.Module):
@@ -57,14 +57,8 @@ class Encoder(nn.Module):
         checkpoint_activations: bool = False,
     ):
         super().__init__()
-        sizes = {"vocab_size": vocab_size, "max_positions": max_positions, "dim": dim, "num_layers": num_layers}
-        for name, value in {**sizes, "num_heads": num_heads, "hidden": hidden}.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, it must be at least 1")
-        if dim % num_heads:
-            raise ValueError(f"num_heads {num_heads} does not divide dim {dim}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout is {dropout}, it must be at least 0 and below 1")
+        sizes = {"vocab_size": vocab_size, "max_positions": max_positions, "num_layers": num_layers, "hidden": hidden}
+        check_sizes(dim=dim, num_heads=num_heads, dropout=dropout, **sizes)
         if positions not in ("index", "counted"):
             raise ValueError(f"positions is {positions!r}, it must be 'index' or 'counted'")
         if positions == "counted" and (pad_id is None or position_offset < 1):

@@ -11,7 +11,6 @@ ACTIVATIONS = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
-    "tanh": torch.tanh,
 }
 
 
@@ -71,6 +70,17 @@ class Block(nn.Module):
             return x + self.mlp(self.mlp_norm(x))
         x = self.attention_norm(x + self.dropout(self.attention(x, **attention_inputs)))
         return self.mlp_norm(x + self.mlp(x))
+
+
+def check_sizes(*, dim: int, num_heads: int, dropout: float, **sizes: int) -> None:
+    """ValueError for a size below 1, heads that do not divide the width, a dropout outside of [0, 1)."""
+    for name, value in {"dim": dim, "num_heads": num_heads, **sizes}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, it must be at least 1")
+    if dim % num_heads:
+        raise ValueError(f"num_heads {num_heads} does not divide dim {dim}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}, it must be at least 0 and below 1")
 
 
 def init_weights(module: nn.Module) -> None:

@@ -57,8 +57,7 @@ def load_pretrained(
             old pickle, read without executing code), or the name of one on the Hugging Face hub.
         head: "none" for the bare `Encoder`, "masked_lm"; None for the one that config.json names. A head that the files
             do not hold is initialised and named in the log, and so is every tensor that is not used.
-        compat: "hf" computes as transformers does where that differs from what was trained (README, table of
-            differences).
+        compat: "hf" computes as transformers does where that differs from what was trained; README says where.
         **overrides: entries of config.json to replace, such as `attention_window=256`.
 
     Raises:
@@ -226,13 +225,18 @@ def _fill(model, tensors):
             continue
         state[ours] = whole.to(torch.float32)
         used.update(theirs)
+    for name, ours in REPEATED.items():
+        if name in tensors and ours in state:
+            used.add(name)
+            if not tensors[name].to(torch.float32).equal(state[ours]):
+                wrong.append(f"{name}: not equal to {ours}, to which it is tied here")
     if wrong:
         shown = "; ".join(wrong[:5]) + (f" … and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise PretrainedError(f"{folder} does not fit: {shown}")
     model.load_state_dict(state)
     if new:
         log.warning("%s: new, not from the files: %s", folder, "; ".join(new))
-    left = [name for name in sorted(set(tensors) - used) if not name.endswith(REPEATED + DERIVED)]
+    left = [name for name in sorted(set(tensors) - used) if not name.endswith(DERIVED)]
     if left:
         log.warning("%s: not used: %s", folder, ", ".join(left))
 

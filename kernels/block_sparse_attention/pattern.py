@@ -18,7 +18,7 @@ from kernels.block_sparse_attention.lists import (
     no_lists,
     window_ends,
 )
-from kernels.checks import check_choice, check_count
+from kernels.checks import check_choice, check_count, check_flag
 
 _numbers = itertools.count()
 _patterns: WeakValueDictionary[str, "BlockPattern"] = WeakValueDictionary()
@@ -124,6 +124,7 @@ class BlockPattern:
         check_count("num_random_blocks", num_random_blocks, 0)
         builders.check_seed(seed)
         check_choice("global_blocks", global_blocks, ("ends", "front"))
+        check_flag("full_when_short", full_when_short)
         num_blocks = -(-seq_len // block_size)
         front, back = (1, 1) if global_blocks == "ends" else (2, 0)
         sizes = (num_blocks, block_size, num_heads, num_random_blocks)

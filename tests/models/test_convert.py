@@ -49,7 +49,7 @@ def test_random_rows_are_others_and_reserved_ones_stay(tmp_path):
     options = {"to": "longformer", "max_positions": LONG, "window": 20, "positions": "random"}
     convert.convert(tmp_path / "short", tmp_path / "long", **options)
     short, long = (load_pretrained(tmp_path / name).encoder.position.weight for name in ("short", "long"))
-    assert torch.equal(short[:2], long[:2]) and not torch.isclose(short[2:20], long[2:20]).any(dim=1).all()
+    assert torch.equal(short[:2], long[:2]) and (short[2:20] - long[2:20]).abs().amax(dim=1).min() > 1e-3
 
 
 def test_what_cannot_be_converted_is_named(tmp_path, capsys):
