@@ -102,3 +102,14 @@ def pytest_terminal_summary(terminalreporter):
     skipped = terminalreporter.stats.get("skipped", [])
     count = sum(MISSING_DATA in str(report.longrepr) for report in skipped)
     terminalreporter.write_sep("-", f"tests skipped for missing data: {count}")
+
+
+@pytest.fixture
+def exact_products():
+    """Products of float32 as IEEE has it, whatever another test chose, and as before afterwards."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)

@@ -6,76 +6,47 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.block_sparse_attention import BlockPattern, block_sparse_attention
 from tests.kernels.block_cases import CASES, build, make_block_valid, make_pattern
-from tests.kernels.window import in_double, make_inputs
+from tests.kernels.gpu import assert_as_good_as_plain, assert_nothing_waits, assert_replays_the_same, on_gpu, results
+from tests.kernels.window import make_inputs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
-@pytest.fixture(autouse=True)
-def exact_products():
-    """float32 without tf32, in here alone."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def on_gpu(options):
-    return {name: entry.detach().cuda() if torch.is_tensor(entry) else entry for name, entry in options.items()}
-
-
-def results(inputs, **options):
-    """Result and gradients under one fixed random weighting."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-    out = block_sparse_attention(**leaves, **options)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), weights)]
-
-
-def assert_as_good_as_plain(inputs, options):
-    """1e-5 relative, or twice the error of dense attention in the same dtype."""
-    inputs, options = on_gpu(inputs), on_gpu(options)
-    exact = results(in_double(inputs), **options, impl="reference")
-    plain = results(inputs, **options, impl="reference")
-    ours = results(inputs, **options, impl="triton")
-    for truth, peer, found in zip(exact, plain, ours, strict=True):
-        assert torch.isfinite(found).all() and found.dtype == peer.dtype
-        largest = truth.abs().max().clamp(min=1e-30)
-        error, allowed = (((tensor.double() - truth).abs().max() / largest).item() for tensor in (found, peer))
-        assert error <= max(1e-5, 2 * allowed)
+def assert_good(inputs, options):
+    assert_as_good_as_plain(block_sparse_attention, on_gpu(inputs), on_gpu(options))
 
 
 @DTYPES
 @pytest.mark.parametrize("head_dim", [1, 16, 24, 32, 40, 64, 80, 96, 128, 160, 256])
 def test_every_head_dim(head_dim, dtype):
-    assert_as_good_as_plain(*build(("many_random", 7, 9, 9, 2, "ragged"), 64, head_dim, dtype))
+    assert_good(*build(("many_random", 7, 9, 9, 2, "ragged"), 64, head_dim, dtype))
 
 
 @DTYPES
 @pytest.mark.parametrize("block_size", [16, 17, 32, 48, 64, 84, 100, 128])
 @pytest.mark.parametrize("mask", ["none", "holes"])
 def test_every_block_size(mask, block_size, dtype):
-    assert_as_good_as_plain(*build(("many_random", 6, 5, 8, 2, mask), block_size, 64, dtype))
+    assert_good(*build(("many_random", 6, 5, 8, 2, mask), block_size, 64, dtype))
 
 
 @DTYPES
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("case", CASES)
 def test_every_case(case, dropout, dtype):
-    assert_as_good_as_plain(*build(CASES[case], 64, 64, dtype, dropout))
+    assert_good(*build(CASES[case], 64, 64, dtype, dropout))
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
 def test_float32_with_tf32_products(head_dim):
     torch.set_float32_matmul_precision("high")
-    assert_as_good_as_plain(*build(CASES["long_ragged"], 32, head_dim, torch.float32))
+    assert_good(*build(CASES["long_ragged"], 32, head_dim, torch.float32))
 
 
 def test_views_of_one_projection():
     query, key, value = torch.randn(2, 300, 3, 4, 64, device="cuda", dtype=torch.bfloat16).unbind(2)
     inputs = {"query": query, "key": key, "value": value}
-    assert_as_good_as_plain(inputs, {"pattern": make_pattern("bigbird", 300, 32, 4)})
+    assert_good(inputs, {"pattern": make_pattern("bigbird", 300, 32, 4)})
 
 
 def long_problem(seq_len=16384, dtype=torch.bfloat16, num_heads=12, head_dim=64, kind="bigbird"):
@@ -90,15 +61,17 @@ def long_problem(seq_len=16384, dtype=torch.bfloat16, num_heads=12, head_dim=64,
 def test_long_text_is_that_of_the_blocked_path(kind):
     """Columns and rows of a hundred parts."""
     inputs, options = long_problem(8192 - 7, torch.float32, kind=kind)
-    ours = results(inputs, **options)
-    for found, truth in zip(ours, results(inputs, **options | {"impl": "blocked"}), strict=True):
+    ours = results(block_sparse_attention, inputs, **options)
+    for found, truth in zip(
+        ours, results(block_sparse_attention, inputs, **options | {"impl": "blocked"}), strict=True
+    ):
         assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
 
 
 def test_two_runs_are_the_same_bits():
     inputs, options = long_problem()
     options |= {"dropout": 0.1, "dropout_seed": torch.tensor([3], device="cuda")}
-    first, second = (results(inputs, **options) for _ in range(2))
+    first, second = (results(block_sparse_attention, inputs, **options) for _ in range(2))
     assert all(one.equal(two) for one, two in zip(first, second, strict=True))
 
 
@@ -109,7 +82,7 @@ def test_offsets_beyond_32_bits():
     assert inputs["query"].numel() > 2**31
     pattern = BlockPattern.etc(seq_len, 64, num_heads, 1)
     last = {name: tensor[:, :, -2:].contiguous() for name, tensor in inputs.items()}
-    alone = results(last, pattern=BlockPattern.etc(seq_len, 64, 2, 1), impl="triton")
+    alone = results(block_sparse_attention, last, pattern=BlockPattern.etc(seq_len, 64, 2, 1), impl="triton")
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
     out = block_sparse_attention(*leaves, pattern, impl="triton")
     weights = torch.zeros_like(out)
@@ -137,7 +110,7 @@ def test_lengths_compile_nothing_anew():
     def attend(seq_len, masked):
         inputs = on_gpu(make_inputs(seq_len, head_dim=64, dtype=torch.bfloat16))
         valid = torch.ones(2, seq_len, dtype=torch.bool, device="cuda") if masked else None
-        results(inputs, pattern=pattern, valid=valid, impl="triton")
+        results(block_sparse_attention, inputs, pattern=pattern, valid=valid, impl="triton")
 
     for masked in (True, False):
         attend(512, masked)
@@ -157,13 +130,7 @@ def test_nothing_waits_for_the_gpu():
         out = block_sparse_attention(*leaves, **options, valid=valid, dropout=0.1, dropout_seed=seed)
         torch.autograd.grad(out, leaves, weights)
 
-    step()
-    torch.cuda.synchronize()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_nothing_waits(step)
 
 
 def test_a_captured_graph_replays_the_same():
@@ -175,22 +142,7 @@ def test_a_captured_graph_replays_the_same():
         out = block_sparse_attention(*leaves, **options)
         return (out, *torch.autograd.grad(out, leaves, weights))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for leaf in leaves:
-            leaf.copy_(torch.randn_like(leaf))
-    graph.replay()
-    torch.cuda.synchronize()
-    for replayed, expected in zip(captured, step(), strict=True):
-        assert replayed.equal(expected)
+    assert_replays_the_same(step, leaves)
 
 
 def test_memory_is_that_of_the_tensors_that_must_exist():

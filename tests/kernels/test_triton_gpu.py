@@ -9,44 +9,12 @@ from torch.utils.checkpoint import checkpoint
 from kernels.window_attention import global_positions, global_rows_attention, window_attention
 from tests.command import run_train, small_run
 from tests.kernels.global_cases import make_global_index
-from tests.kernels.window import in_double, make_inputs, make_valid
+from tests.kernels.gpu import assert_as_good_as_plain, assert_nothing_waits, assert_replays_the_same, on_gpu, results
+from tests.kernels.window import make_inputs, make_valid
 from tests.models.tiny import text, tiny_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    """float32 without tf32, in here alone."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def on_gpu(tensors):
-    return {name: None if tensor is None else tensor.detach().cuda() for name, tensor in tensors.items()}
-
-
-def results(function, inputs, **options):
-    """Result and gradients under one fixed random weighting."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-    out = function(**leaves, **options)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), weights)]
-
-
-def assert_as_good_as_plain(function, inputs, options):
-    """1e-5 relative, or twice the error of dense attention in the same dtype."""
-    exact = results(function, in_double(inputs), **options, impl="reference")
-    plain = results(function, inputs, **options, impl="reference")
-    ours = results(function, inputs, **options, impl="triton")
-    for truth, peer, found in zip(exact, plain, ours, strict=True):
-        assert torch.isfinite(found).all() and found.dtype == peer.dtype
-        largest = truth.abs().max().clamp(min=1e-30)
-        error, allowed = (((tensor.double() - truth).abs().max() / largest).item() for tensor in (found, peer))
-        assert error <= max(1e-5, 2 * allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -218,13 +186,7 @@ def test_nothing_waits_for_the_gpu():
         rows = global_rows_attention(query[:, :16], key, value, global_index=index)
         torch.autograd.grad([local, rows], [query, key, value], [weights, weights[:, :16]])
 
-    step()
-    torch.cuda.synchronize()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_nothing_waits(step)
 
 
 def test_a_captured_graph_replays_the_same():
@@ -236,22 +198,7 @@ def test_a_captured_graph_replays_the_same():
         out = window_attention(*leaves, **options)
         return (out, *torch.autograd.grad(out, leaves, weights))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for leaf in leaves:
-            leaf.copy_(torch.randn_like(leaf))
-    graph.replay()
-    torch.cuda.synchronize()
-    for replayed, expected in zip(captured, step(), strict=True):
-        assert replayed.equal(expected)
+    assert_replays_the_same(step, leaves)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler itself

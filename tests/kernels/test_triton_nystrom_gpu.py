@@ -5,24 +5,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kernels.nystrom_attention import nystrom_attention
+from tests.kernels.gpu import assert_nothing_waits, assert_replays_the_same, on_gpu
 from tests.kernels.nystrom import assert_as_good_as_plain, results, with_taps
 from tests.kernels.window import assert_same, make_inputs, make_valid
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    """Products of float32 as IEEE has it, whatever another test chose."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def on_gpu(tensors):
-    return {name: tensor.detach().cuda() for name, tensor in tensors.items()}
 
 
 def problem(seq_len, num_landmarks, *, num_taps=33, mask="none", **sizes):
@@ -137,33 +125,12 @@ def test_nothing_waits_for_the_gpu(masked):
     inputs, options = long_problem(4096)
     valid = torch.arange(4096, device="cuda")[None] < 4000 if masked else None
     step, _ = step_of(inputs, {**options, "valid": valid})
-    step()
-    torch.cuda.synchronize()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_nothing_waits(step)
 
 
 def test_a_captured_graph_replays_the_same():
     step, leaves = step_of(*long_problem(2048))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for leaf in leaves:
-            leaf.copy_(torch.randn_like(leaf))
-    graph.replay()
-    torch.cuda.synchronize()
-    for replayed, expected in zip(captured, step(), strict=True):
-        assert replayed.equal(expected)
+    assert_replays_the_same(step, leaves)
 
 
 def test_memory_is_linear():
