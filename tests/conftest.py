@@ -107,8 +107,6 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture
 def exact_products():
     """Products of float32 as IEEE has it, whatever another test chose, and as before afterwards."""
-    import torch
-
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
