@@ -55,6 +55,7 @@ PHASE_RANGES = {
     "warmup_steps": (0, None),
     "lr": (0, None),
     "final_lr_ratio": (0, 1),
+    "decay_power": (0, None),
 }
 EVALUATION_RANGES = {
     "num_threads": (1, None),
@@ -218,7 +219,7 @@ def check_range(key: str, value, least, most) -> None:
 def _check_phase(phase, where):
     for key, limits in PHASE_RANGES.items():
         check_range(f"{where}.{key}", phase[key], *limits)
-    check_choice(f"{where}.decay", phase.decay, ("constant", "linear", "cosine"))
+    check_choice(f"{where}.decay", phase.decay, ("constant", "linear", "cosine", "polynomial"))
     if phase.warmup_steps > phase.steps:
         raise ConfigError(
             f"{where}.warmup_steps is {phase.warmup_steps}, it must be at most {where}.steps ({phase.steps})"

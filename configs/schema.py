@@ -40,7 +40,10 @@ class OptimConfig:
 
 @dataclass
 class PhaseConfig:
-    """One phase of the schedule. `batch_size` counts all processes' sequences; `attention` is the model's."""
+    """One phase of the schedule. `batch_size` counts all processes' sequences; `attention` is the model's.
+
+    `decay`: "constant", "linear", "cosine", or "polynomial" with `decay_power`.
+    """
 
     seq_len: int = MISSING
     batch_size: int = MISSING
@@ -49,6 +52,7 @@ class PhaseConfig:
     warmup_steps: int = 0
     decay: str = "constant"
     final_lr_ratio: float = 0.0
+    decay_power: float = 1.0
     reset_optimizer: bool = False
     attention: dict[str, Any] = field(default_factory=dict)
 

@@ -98,6 +98,7 @@ class Session:
             warmup_steps=phase.warmup_steps,
             decay=phase.decay,
             final_lr_ratio=phase.final_lr_ratio,
+            decay_power=phase.decay_power,
         )
         self.optimizer.set_lr(lr)
         # what is dropped is a function of these alone, so that a resumed run drops the same
