@@ -78,11 +78,15 @@ def check(cfg: DictConfig) -> DictConfig:
     _check_values(cfg, RANGES)
     for key in ("share", "valid_share"):
         check_share(f"eval.{key}", cfg.eval[key])
-    check_stride("eval.", cfg.eval.context, cfg.eval.stride)
     _check_optim(cfg.optim)
     # nothing else is known of these two before the run exists; the rest of a node is its constructor's affair
     check_options(cfg.task, "task", supplied=("data",))
+    if "stride" in target_class(cfg.task, "task").settings:
+        check_stride("eval.", cfg.eval.context, cfg.eval.stride)
     check_options(cfg.model, "model")
+    complete = getattr(target_class(cfg.model, "model"), "complete", None)
+    if complete is not None:
+        cfg.model = complete(plain(cfg.model))
     if not cfg.schedule.phases:
         raise ConfigError("schedule.phases is empty, a run needs at least one phase")
     for index, phase in enumerate(cfg.schedule.phases):
@@ -97,6 +101,8 @@ def check_evaluation(cfg: DictConfig) -> DictConfig:
     _check_source(cfg)
     if cfg.share is not None:
         check_share("share", cfg.share)
+    if cfg.task is not None:
+        check_options(cfg.task, "task", supplied=("data",))
     return cfg
 
 

@@ -166,6 +166,11 @@ def _folder_of(path_or_name):
         ) from None
 
 
+def read_config(path_or_name: str | Path) -> dict[str, Any]:
+    """The config.json of a folder or hub name; PretrainedError where there is none that is known."""
+    return _read_config(_folder_of(path_or_name))
+
+
 def _read_config(folder):
     path = folder / CONFIG
     if not path.exists():

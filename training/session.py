@@ -81,6 +81,8 @@ class Session:
             if self.state:  # gone back to the first step
                 torch.manual_seed(self.cfg.seed)
                 self.model.load_state_dict(self.make_model().state_dict())
+            if hasattr(self.model, "load_source"):
+                self.model.load_source()  # type: ignore[operator]
             self.state.update(INITIAL_STATE)
             return None
         saved = load_checkpoint(Path(newest), model=self.model, optimizer=self.optimizer)
