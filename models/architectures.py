@@ -3,7 +3,8 @@
 Facts: models/{bert,roberta,longformer,big_bird,nystromformer} of huggingface/transformers.
 """
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,11 +20,18 @@ ACTIVATION_NAMES = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh"
 PREFIXES = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "longformer": "longformer",
             "big_bird": "bert", "nystromformer": "nystromformer"}  # fmt: skip
 ROBERTA_LIKE = ("roberta", "xlm-roberta", "longformer")
-# theirs that repeat a tensor of ours, and those that hold what follows from the configuration
-REPEATED = {"lm_head.decoder.weight": "encoder.word.weight", "lm_head.decoder.bias": "bias",
-            "cls.predictions.decoder.weight": "encoder.word.weight",
-            "cls.predictions.decoder.bias": "bias"}  # fmt: skip
+# those of theirs that hold what follows from the configuration
 DERIVED = ("embeddings.position_ids", "embeddings.token_type_ids")
+# entries of config.json that are read here, beside those that a file has
+ENTRIES = (
+    "attention_dilation", "attention_mode", "attention_probs_dropout_prob", "attention_type", "attention_window",
+    "block_size", "classifier_dropout", "conv_kernel_size", "hidden_act", "hidden_dropout_prob", "hidden_size",
+    "id2label", "intermediate_size", "layer_norm_eps", "max_position_embeddings", "model_type", "num_attention_heads",
+    "num_hidden_layers", "num_labels", "num_landmarks", "num_random_blocks", "pad_token_id", "rescale_embeddings",
+    "segment_means_seq_len", "sep_token_id", "type_vocab_size", "use_bias", "vocab_size",
+)  # fmt: skip
+# allenai/longformer, longformer/longformer.py: those that compute what the published model does, and the others
+WINDOW_MODES, OTHER_MODES = ("tvm", "sliding_chunks"), ("sliding_chunks_no_overlap", "n2")
 
 
 class Entry(NamedTuple):
@@ -39,6 +47,49 @@ def model_type(config: dict[str, Any]) -> str:
     if found not in PREFIXES:
         raise PretrainedError(f"model_type is {found!r}, known are {', '.join(sorted(PREFIXES))}")
     return found
+
+
+def published_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with that of AI2's own Longformer turned into a published one, others as they are.
+
+    AI2's is a RoBERTa's with `attention_window` (keys on one side), `attention_dilation` and `attention_mode`.
+    """
+    mode = config.get("attention_mode")
+    of_ai2 = config.get("model_type") in (None, "roberta") and "attention_window" in config
+    if not of_ai2 and mode not in WINDOW_MODES + OTHER_MODES:
+        return config
+    config = {**config, "model_type": "longformer"}
+    if mode in (None, *WINDOW_MODES):
+        config["attention_mode"] = "longformer"
+    windows = config.get("attention_window")
+    if windows is not None:
+        config["attention_window"] = [2 * window for window in windows] if isinstance(windows, list) else 2 * windows
+    return config
+
+
+def refuse_unsupported(config: dict[str, Any]) -> None:
+    """PretrainedError for a config.json whose model computes something else than an encoder of ours would."""
+    positions = config.get("position_embedding_type") or "absolute"
+    if positions != "absolute":
+        raise PretrainedError(f"position_embedding_type is {positions!r}, the encoders here have 'absolute' ones alone")
+    for name in ("is_decoder", "add_cross_attention", "autoregressive"):
+        if config.get(name):
+            raise PretrainedError(f"{name} is {config[name]!r}: this is a decoder, encoders alone are loaded here")
+    if config.get("attention_mode") in OTHER_MODES:
+        raise PretrainedError(
+            f"attention_mode is {config['attention_mode']!r}, which sees other keys than a sliding window: to compute "
+            "that with these weights, load with attention_mode='longformer'"
+        )
+
+
+def refuse_unknown_entries(given: Iterable[str], config: dict[str, Any]) -> None:
+    """PretrainedError for an entry that is neither in a config.json nor read here, with the nearest that is."""
+    known = sorted({*config, *ENTRIES})
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {nearest[0]}?" if nearest else f"; known are {', '.join(known)}"
+            raise PretrainedError(f"config.json has no entry {name}{hint}")
 
 
 def encoder_options(config: dict[str, Any], compat: str | None) -> dict[str, Any]:
@@ -87,7 +138,8 @@ def _attention(kind, config, compat):
         if odd:
             raise PretrainedError(f"attention_window has {odd[0]}: it counts both sides and must be even, above 0")
         one_sided = [window // 2 for window in windows]
-        return partial(SlidingWindowAttention, window=one_sided, bias=True, global_tokens=True)
+        dilation = config.get("attention_dilation", 1)
+        return partial(SlidingWindowAttention, window=one_sided, dilation=dilation, bias=True, global_tokens=True)
     if kind == "big_bird" and config["attention_type"] == "block_sparse":
         return partial(
             BlockSparseAttention,
@@ -138,14 +190,3 @@ def encoder_entries(config: dict[str, Any], names: set[str]) -> Iterator[Entry]:
         for part in ("weight", "bias"):
             pairs[f"{ours}.{part}"] = tuple(f"{name}.{part}" for name in theirs)
     return (Entry(ours, theirs) for ours, theirs in pairs.items() if ours in names)
-
-
-def masked_lm_entries(config: dict[str, Any]) -> Iterator[Entry]:
-    """The tensors of `MaskedLM` beside its encoder's."""
-    dense, norm, bias = "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
-    if model_type(config) in ROBERTA_LIKE:
-        dense, norm, bias = "lm_head.dense", "lm_head.layer_norm", "lm_head.bias"
-    for part in ("weight", "bias"):
-        yield Entry(f"dense.{part}", (f"{dense}.{part}",))
-        yield Entry(f"norm.{part}", (f"{norm}.{part}",))
-    yield Entry("bias", (bias,))

@@ -80,7 +80,7 @@ class Encoder(nn.Module):
         )  # fmt: skip
         self.pre_norm = pre_norm
         self.pooler = nn.Linear(dim, dim) if pooler else None
-        self.apply(_init_weights)
+        self.apply(init_bert_weights)
 
     def forward(
         self,
@@ -154,8 +154,8 @@ class Encoder(nn.Module):
         return torch.tanh(self.pooler(states[:, 0]))
 
 
-def _init_weights(module):
-    """Matrices N(0, 0.02), biases 0, LayerNorm gains 1 (BERT, RoBERTa)."""
+def init_bert_weights(module: nn.Module) -> None:
+    """For `Module.apply`: matrices N(0, 0.02), biases 0; LayerNorm keeps its gains of 1 (BERT, RoBERTa)."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from models.attention.control import AttentionControl
-from models.architectures import model_type
-from models.pretrained import build_pretrained, load_pretrained, read_config, save_pretrained
+from models.architectures import model_type, published_config, refuse_unknown_entries
+from models.checkpoint_files import folder_of, read_config
+from models.pretrained import build_pretrained, load_pretrained, save_pretrained
 
 # what the loss of a masked-LM head does not reach: there are no global tokens in it
 UNREACHED = ("query_global", "key_value_global", "pooler")
@@ -43,7 +44,7 @@ class PublishedModel(AttentionControl, nn.Module):
         config = self.complete({"config": config, "source": source})["config"]
         self.source, self.head, self.compat = source, head, compat
         folder = Path(source) if source is not None else Path()
-        self.model = build_pretrained(config, folder, head=head, compat=compat, pooler=head == "pretraining")
+        self.model = build_pretrained(config, folder, head=head, compat=compat)
         self.encoder.checkpoint_activations = checkpoint_activations
         self._choose_trained(train, first_position)
 
@@ -55,7 +56,9 @@ class PublishedModel(AttentionControl, nn.Module):
         """
         config = dict(options.get("config") or {})
         if "model_type" not in config and options.get("source") is not None:
-            config = {**read_config(options["source"]), **config}
+            found = published_config(read_config(folder_of(options["source"])))
+            refuse_unknown_entries(config, found)
+            config = {**found, **config}
         model_type(config)
         return {**options, "config": config}
 

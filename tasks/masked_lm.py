@@ -14,7 +14,7 @@ from torch import nn
 from data.errors import DataError
 from data.masking import IGNORED, MaskedBatch, Masking
 from data.rows import TokenRows
-from data.sentence_order import OrderedRows
+from data.sentence_order import SentenceOrderRows
 from data.tokens import TokenCorpus, load_tokens
 from models.tokenizer import MASK, Tokenizer, load_tokenizer
 from tasks.prediction import fill_masks
@@ -135,7 +135,7 @@ class MaskedLMTask:
         )
 
     def _rows(self, split, **options) -> Any:
-        kind = OrderedRows if self.order else TokenRows
+        kind = SentenceOrderRows if self.order else TokenRows
         ids = {"cls_id": self.tokenizer.cls_id, "sep_id": self.tokenizer.sep_id, "masking": self.masking}
         return kind(self.corpus.splits[split], **ids, **options)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from data.errors import DataError
-from models.pretrained import head_of, load_pretrained
+from models.pretrained import load_pretrained, published_of
 from models.tokenizer import MASK, Tokenizer, load_tokenizer
 
 SHOWN = 5  # candidates of a mask
@@ -77,7 +77,7 @@ def published_answer(folder: str, *, device: Any) -> Callable[[str], dict[str, A
     """What says of a text what the published model in a folder can: its masks filled, its label, its words' labels."""
     model: Any = load_pretrained(folder).to(device)
     tokenizer = load_tokenizer(folder)
-    head = head_of(model)
+    head = published_of(model).head
     kinds = {"masked_lm": fill_masks, "sequence": label_text, "token": label_words}
     if head not in kinds:
         raise DataError(

@@ -6,7 +6,7 @@ import torch
 from models import convert
 from models.errors import PretrainedError
 from models.pretrained import load_pretrained
-from tests.models.test_pretrained import SIZES, theirs
+from tests.models.published import SIZES, theirs
 
 LONG = 150
 SIZED = {"longformer": {"window": 20}, "big_bird": {"block_size": 16, "num_random_blocks": 1},

@@ -1,0 +1,103 @@
+"""Folders of published checkpoints: where they are, their config.json and tensors. No code in them is run."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.errors import PretrainedError
+
+CONFIG = "config.json"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+
+
+def folder_of(path_or_name: str | Path) -> Path:
+    """A folder as it is, or that of a model of the Hugging Face hub, fetched; PretrainedError for neither."""
+    folder = Path(path_or_name).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path_or_name)
+    if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise PretrainedError(f"{path_or_name} is no folder with {CONFIG} and weights")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    patterns = [CONFIG, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
+    try:
+        found = Path(snapshot_download(name, allow_patterns=patterns))
+        if not any((found / file).exists() for file in WEIGHTS):
+            found = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin*"]))
+        return found
+    except RepositoryNotFoundError:
+        raise PretrainedError(f"{name} is neither a folder here nor a public model of the Hugging Face hub") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise PretrainedError(
+            f"{name} is no folder here, and the Hugging Face hub cannot be reached ({type(error).__name__}): download "
+            "the model where there is a network and give the folder"
+        ) from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder; PretrainedError where there is none or it is no JSON."""
+    path = folder / CONFIG
+    if not path.exists():
+        raise PretrainedError(f"{folder} holds no {CONFIG}: is it the folder of a model?")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PretrainedError(f"{path} is no JSON: {error}") from None
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder by name, those of LayerNorm under today's names."""
+    for name in WEIGHTS:
+        path = folder / name
+        if not path.exists():
+            continue
+        files = [path]
+        if name.endswith(".json"):
+            files = [folder / shard for shard in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            tensors |= _read_file(file)
+        return {_renamed(name): tensor for name, tensor in tensors.items()}
+    raise PretrainedError(f"{folder} holds none of {', '.join(WEIGHTS)}")
+
+
+def _read_file(path):
+    if not path.exists():
+        raise PretrainedError(f"{path} is missing: the index names it")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise PretrainedError(f"{path} is damaged ({error}): copy or download it again") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise PretrainedError(
+            f"{path} is a pickle that holds more than tensors and is refused, as loading it would run code ({reason})"
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        raise PretrainedError(f"{path} is damaged ({str(error).splitlines()[0]}): copy or download it again") from None
+
+
+def _renamed(name):
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
