@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.cli import entry
 
-SAID = ("share", "num_characters", "protocol")
+SAID = ("share", "num_characters", "num_tokens", "protocol", "context")
 
 
 @dataclass

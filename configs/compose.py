@@ -16,7 +16,8 @@ CONFIG_DIR = Path(__file__).resolve().parent
 MAX_NAME = 120  # letters of a folder's name
 # their values are taken as they are typed
 TEXT_KEYS = (
-    "run_dir", "checkpoint", "data.path", "data.cache_dir", "input", "output", "prompt", "model.source", "task.tokenizer",
+    "run_dir", "checkpoint", "data.path", "data.cache_dir", "input", "output", "prompt",
+    "model.source", "task.tokenizer",
 )  # fmt: skip
 
 

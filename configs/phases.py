@@ -103,6 +103,9 @@ def check_against_data(cfg: DictConfig, phases: list[PhaseConfig], task: Any, wo
     if model.vocab_size < task.vocab_size:
         raise ConfigError(f"model.vocab_size is {model.vocab_size}, the data needs at least {task.vocab_size}")
     check_length(model, "eval.context", cfg.eval.context)
+    most = getattr(task, "max_context", None)
+    if most is not None and cfg.eval.context > most:
+        raise ConfigError(f"eval.context is {cfg.eval.context}, the smallest split of the data has {most:,} tokens")
     for index, phase in enumerate(phases):
         where = f"schedule.phases.{index}"
         check_length(model, where, phase.seq_len)
@@ -118,7 +121,7 @@ def check_against_data(cfg: DictConfig, phases: list[PhaseConfig], task: Any, wo
 
 
 def check_length(model: Any, key: str, seq_len: int) -> None:
-    """ConfigError where the position table of a model is shorter than a text of `seq_len` tokens, the value of `key`."""
+    """ConfigError where a model's position table is shorter than `seq_len` tokens, the value of `key`."""
     if model.max_positions is not None and seq_len > model.max_positions:
         raise ConfigError(
             f"{key} is {seq_len}, the position table of this model has {model.max_positions} rows: give at most that, "

@@ -66,7 +66,8 @@ class MaskedBatch:
 
     input_ids: int64 [B, T]. valid: bool [B, T], False at padding. positions: int64 [B, P], where tokens are predicted,
     ascending; a row with fewer ends in zeros. targets: int64 [B, P], the ids there, IGNORED (-100) after a row's last.
-    token_type_ids: int64 [B, T]. order_labels: int64 [B], 1 where the segments were swapped.
+    token_type_ids: int64 [B, T]. order_labels: int64 [B], 1 where the segments were swapped. num_targets: those that
+    count, known to the host before the batch is on a device.
     """
 
     input_ids: torch.Tensor
@@ -75,6 +76,11 @@ class MaskedBatch:
     targets: torch.Tensor
     token_type_ids: torch.Tensor | None = None
     order_labels: torch.Tensor | None = None
+    num_targets: int = -1
+
+    def __post_init__(self) -> None:
+        if self.num_targets < 0:
+            self.num_targets = int((self.targets != IGNORED).sum())
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -87,10 +93,10 @@ class MaskedBatch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MaskedBatch:
         """The same batch on a device."""
         moved = [part if part is None else part.to(device, non_blocking=non_blocking) for part in self._tensors()]
-        return MaskedBatch(*moved)  # type: ignore[arg-type]
+        return MaskedBatch(*moved, num_targets=self.num_targets)  # type: ignore[arg-type]
 
     def _tensors(self) -> list[torch.Tensor | None]:
-        return [getattr(self, field.name) for field in fields(self)]
+        return [getattr(self, field.name) for field in fields(self) if field.name != "num_targets"]
 
 
 def mask_tokens(ids: np.ndarray, *, draws: np.ndarray, masking: Masking) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

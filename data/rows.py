@@ -7,7 +7,7 @@ change nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -81,18 +81,12 @@ class RowBatches:
         """This rank's rows of any step."""
         return self.dataset[step]
 
+    def rows(self, numbers: Sequence[int]) -> MaskedBatch:
+        """These rows of the run, always masked alike; those of epoch 0 are below `num_rows`."""
+        return self.dataset.of(numbers)
+
     def __iter__(self) -> Iterator[MaskedBatch]:
         yield from steps_from(self.dataset, self.start_step, self.workers)
-
-    def once(self) -> Iterator[MaskedBatch]:
-        """The rows of epoch 0 alone, each once and always masked alike: for evaluation.
-
-        The last batch may have fewer rows, and on some ranks none: then it is left out there.
-        """
-        for step in range(-(-self.num_rows // self.dataset.batch_size)):
-            numbers = [number for number in self.dataset.numbers(step) if number < self.num_rows]
-            if numbers:
-                yield self.dataset.of(numbers)
 
 
 class TokenRows(RowBatches):
@@ -233,7 +227,7 @@ class _Batches(Dataset):
         """Which rows of the run the rank has in a step."""
         return range(step * self.batch_size, (step + 1) * self.batch_size)[self.rows]
 
-    def of(self, numbers: range | list[int]) -> MaskedBatch:
+    def of(self, numbers: Sequence[int]) -> MaskedBatch:
         """These rows of the run."""
         places = [divmod(number, self.source.num_rows) for number in numbers]
         rows = [self.source.row(*place) for place in places]

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from models.attention.control import AttentionControl
 from models.architectures import model_type, published_config, refuse_unknown_entries
+from models.attention.control import AttentionControl
 from models.checkpoint_files import folder_of, read_config
 from models.pretrained import build_pretrained, load_pretrained, save_pretrained
 

@@ -48,7 +48,9 @@ def finished(path: Path) -> str:
     result = {}
     with contextlib.suppress(OSError, ValueError):  # nothing of what follows depends on it
         result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-    scores = ", ".join(f"{name} {float(result[name]):.4f}" for name in ("bpc", "bits_per_token", "accuracy", "f1") if name in result)
+    scores = ", ".join(
+        f"{name} {float(result[name]):.4f}" for name in ("bpc", "bits_per_token", "accuracy", "f1") if name in result
+    )
     return "\n".join(
         [
             f"finished already: {path} ({result.get('split', 'test')} {scores}; {path / 'report.html'}). "

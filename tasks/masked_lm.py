@@ -28,7 +28,7 @@ class MaskedLMTask:
 
     Args:
         tokenizer: a folder with the tokenizer files of the model, such as the one its weights come from.
-        data: `path`, `cache_dir` and `workers` of the run's data node; path as `data.documents.read_documents` takes it.
+        data: `path`, `cache_dir` and `workers` of the run's data node; path as `data.documents.read_documents` has it.
         rate: share of the tokens that is hidden (80 % masked, 10 % replaced, 10 % left as they are).
         whole_words: hide words, not tokens.
         order: rows are two segments of one document, swapped in half of them, and the model tells that too (sentence
@@ -96,7 +96,16 @@ class MaskedLMTask:
     @property
     def max_seq_len(self) -> int:
         """The longest training sequence the data can give."""
-        return self._rows("train", seq_len=8, batch_size=1, seed=0).max_seq_len
+        return self._longest("train")
+
+    @property
+    def max_context(self) -> int:
+        """The longest rows that a split can be scored in."""
+        return min(self._longest(split) for split in self.splits)
+
+    def _longest(self, split) -> int:
+        documents = self.corpus.splits[split]
+        return documents.num_tokens + documents.num_documents + 1  # separators between them, and a frame around all
 
     @cached_property
     def masking(self) -> Masking:
@@ -174,7 +183,7 @@ class MaskedLMTask:
         reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> dict:
-        """Bits per hidden token of the first `share` of a split, in rows of `context` tokens; every model gets the same.
+        """Bits per hidden token of the first `share` of a split, in rows of `context` tokens, the same for every model.
 
         Up to `batch_tokens` tokens are read at a time. `reduce` sums a tensor over processes, which share the rows by
         `rank`; `progress(done, total)` counts rows of this process.
@@ -194,8 +203,7 @@ class MaskedLMTask:
         was_training = model.training
         model.eval()
         for first in range(0, len(mine), size):
-            batch = MaskedBatch.joined([rows.batch(step) for step in mine[first : first + size]])
-            loss, count, metrics = self.loss(model, batch.to(device))
+            loss, count, metrics = self.loss(model, rows.rows(mine[first : first + size]).to(device))
             num_targets += count
             for name, value in {"loss": loss, **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.double().cpu()
@@ -229,4 +237,3 @@ class MaskedLMTask:
             return fill_masks(model, self.tokenizer, text, max_positions=model.max_positions)
         finally:
             model.train(was_training)
-

@@ -81,7 +81,7 @@ def published_answer(folder: str, *, device: Any) -> Callable[[str], dict[str, A
     kinds = {"masked_lm": fill_masks, "sequence": label_text, "token": label_words}
     if head not in kinds:
         raise DataError(
-            f"{folder} has the head {head!r}: texts are answered by {', '.join(kinds)}; its logits are to be had in Python"
+            f"{folder} has the head {head!r}: texts go to {', '.join(kinds)}; others by their logits, in Python"
         )
     return partial(kinds[head], model, tokenizer, max_positions=model.encoder.max_positions)
 
