@@ -178,6 +178,7 @@ def test_split_and_to(pairs):
     for name, whole in vars(batch).items():
         pieces = [getattr(part, name) for part in parts]
         assert pieces == [None] * 3 if whole is None else torch.equal(torch.cat(pieces), whole)
+    assert len(batch.tensors()) == (6 if pairs else 4)
     moved = batch.to("meta", non_blocking=True)
     assert moved.targets.device.type == "meta" and moved.targets.shape == batch.targets.shape
     assert (moved.order_labels is None) is not pairs

@@ -127,11 +127,13 @@ def test_epochs_and_seeds_differ(split, join):
     assert len(set(orders)) == 4
 
 
-def test_masks_differ_from_epoch_to_epoch(make_split):
-    batches = batches_of(make_split(numbered([18])), batch_size=1)
+def test_masks_differ_from_epoch_to_epoch_and_from_seed_to_seed(make_split):
+    split = make_split(numbered([18]))
+    batches = batches_of(split, batch_size=1)
     assert batches.num_rows == 1
-    masks = {tuple(batches.batch(step).positions[0].tolist()) for step in range(20)}
-    assert len(masks) > 10
+    by_epoch = {tuple(batches.batch(step).positions[0].tolist()) for step in range(20)}
+    by_seed = {tuple(batches_of(split, batch_size=1, seed=seed).batch(0).positions[0].tolist()) for seed in range(20)}
+    assert len(by_epoch) > 10 and len(by_seed) > 10
 
 
 @pytest.mark.parametrize("join", [True, False])
@@ -207,6 +209,9 @@ def test_pools_are_sorted_apart(make_split):
     lengths = [len(source.row(0, number).ids) for number in range(300)]
     gaps = [abs(one - other) for one, other in zip(lengths[::2], lengths[1::2], strict=True)]
     assert max(gaps) <= 6 and np.mean(gaps) < 1
+    # sorted as one, no two batches would overlap
+    spans = sorted((min(pair), max(pair)) for pair in zip(lengths[::2], lengths[1::2], strict=True))
+    assert any(left[1] > right[0] for left, right in itertools.pairwise(spans))
 
 
 def test_documents_beyond_whole_batches_change_from_epoch_to_epoch(split):
