@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels.window_attention.blocks import Blocks, GlobalColumns, OverlappingBlocks, Problems, Stretches, skew
+from kernels.dropout import keep_mask
+from kernels.window_attention.blocks import (
+    Blocks,
+    Dropout,
+    GlobalColumns,
+    OverlappingBlocks,
+    Problems,
+    Stretches,
+    skew,
+)
 from kernels.window_attention.global_tokens import at_real_tokens, canonical_index, gather_tokens
 from kernels.window_attention.pattern import WindowPattern, valid_rows
 from kernels.window_attention.residues import join_residues, residue_ranges
@@ -34,6 +43,8 @@ def window_attention(
     position_query: torch.Tensor | None = None,
     position_key: torch.Tensor | None = None,
     query_start: int = 0,
+    dropout: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `reference.window_attention`, in time and memory linear in T, however many keys there are.
 
@@ -59,6 +70,9 @@ def window_attention(
     outputs = []
     for index, part in enumerate(parts):
         window, dilation = kinds[part[0]]
+        drop = None
+        if dropout_seed is not None:
+            drop = Dropout(dropout, dropout_seed, torch.tensor(part, device=query.device), num_heads)
         out = _head_group(
             queries[index],
             keys[index],
@@ -68,6 +82,7 @@ def window_attention(
             row_valid,
             key_valid,
             global_keys[index],
+            drop,
             window=window,
             dilation=dilation,
             causal=pattern.causal,
@@ -119,6 +134,7 @@ def _head_group(
     row_valid,
     key_valid,
     global_keys,
+    drop,
     *,
     window,
     dilation,
@@ -153,7 +169,14 @@ def _head_group(
         if global_keys is not None:
             first_row = query_start + residues.first_row
             beside = GlobalColumns.of(*global_keys, first_row, dilation, residues.num_classes, causal)
-        out = _windows(problems, residues.start, left, right, scale, beside)
+        if drop is not None:
+            drop = drop._replace(
+                first_row=query_start + residues.first_row,
+                first_key=first_key + first + residues.first_key,
+                dilation=dilation,
+                num_classes=residues.num_classes,
+            )
+        out = _windows(problems, residues.start, left, right, scale, beside, drop)
         outputs.append(out.view(batch, -1, num_heads, *out.shape[1:]))
     return join_residues(outputs, seq_len)
 
@@ -163,34 +186,38 @@ def _head_mask(valid, num_heads):
     return None if valid is None else valid[:, :, None, None].expand(-1, -1, num_heads, 1)
 
 
-def _windows(problems, start, left, right, scale, columns):
+def _windows(problems, start, left, right, scale, columns, drop):
     """Undilated windows, row i at key `start + i`: problems of N rows -> [P, N, D]."""
     num_problems, num_rows, head_dim = problems.query.shape
     num_columns = 0 if columns is None else columns.key.shape[1]
     if not problems.key.shape[1] and not num_columns:
         return problems.zeros()
-    explicit, masked = _explicit(problems), problems.key_valid is not None
+    explicit, masked = _explicit(problems, drop), problems.key_valid is not None
     block = _block_size(num_rows, left + right + num_columns, explicit)
     blocks = Blocks(num_rows, problems.key.shape[1], start, left, right, block)
     element = problems.query.element_size()
     touched = blocks.span + num_columns
     bytes_per_block = touched * head_dim * element
+    if drop is not None:  # a hash of 64 bits for each score
+        bytes_per_block = max(bytes_per_block, touched * blocks.block * 8)
     chunk = max(1, min(num_problems, CHUNK_BYTES // (blocks.num_blocks * bytes_per_block)))
     ranges = blocks.ranges(max(1, CHUNK_BYTES // (chunk * bytes_per_block)))
     # scores, or masks that differ from row to row: what autograd would hold beside inputs and outputs
     kept_bytes = num_problems * blocks.num_blocks * blocks.block * touched * element
     kept = explicit or masked or num_columns or blocks.num_blocks < 2 * (left + right) // blocks.block
+    if drop is not None:  # the probabilities that stay, and which they are
+        kept_bytes += kept_bytes + kept_bytes // element
     if num_columns and not explicit:  # keys and values with columns beside them are copies
         kept_bytes += num_problems * blocks.num_blocks * 2 * bytes_per_block
     recompute = kept and kept_bytes > KEEP_BYTES and torch.is_grad_enabled()
-    if columns is not None:
+    if columns is not None or drop is not None:
         problems = problems._replace(number=torch.arange(num_problems, device=problems.query.device))
     outputs = []
     for part in problems.split(chunk):
         if recompute:
-            out = checkpoint(_attend_blocks, part, blocks, ranges, scale, columns, use_reentrant=False)
+            out = checkpoint(_attend_blocks, part, blocks, ranges, scale, columns, drop, use_reentrant=False)
         else:
-            out = _attend_blocks(part, blocks, ranges, scale, columns)
+            out = _attend_blocks(part, blocks, ranges, scale, columns, drop)
         outputs.append(out)
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
@@ -212,7 +239,7 @@ class _Beside(NamedTuple):
     mask: torch.Tensor
 
 
-def _attend_blocks(problems, blocks, ranges, scale, columns):
+def _attend_blocks(problems, blocks, ranges, scale, columns, drop):
     """Some of the problems, one range of blocks at a time: [P, N, D]."""
     rows_pad = (0, 0, 0, blocks.tail)
     # without a tail F.pad would copy
@@ -237,25 +264,30 @@ def _attend_blocks(problems, blocks, ranges, scale, columns):
                 beside = _Beside(shared[0], shared[1], _additive(seen_beside, rows))
             elif problems.key_valid is None and blocks.is_plain(first, last):
                 plain = mask
-        if not _explicit(problems):
+        if not _explicit(problems, drop):
             outputs.append(_fused(rows, keys, values, mask, beside, scale))
             continue
         bias = None
         if problems.position_query is not None:
             asking = F.pad(problems.position_query, rows_pad).unflatten(1, (-1, blocks.block))[:, first:last] * scale
             bias = skew(asking @ problems.position_key[:, None].transpose(-1, -2), blocks.span)
-        outputs.append(_in_the_open(rows * scale, keys, values, mask, bias, beside))
+        kept = None
+        if drop is not None:
+            kept = drop.kept(problems.number, blocks, first, last, None if columns is None else columns.position)
+        outputs.append(_in_the_open(rows * scale, keys, values, mask, bias, beside, kept))
     out = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
     out = out.flatten(1, 2)[:, : blocks.num_rows]
+    if drop is not None:
+        out = out / (1 - drop.probability)
     return out if problems.row_valid is None else out.masked_fill(~problems.row_valid, 0.0)
 
 
-def _explicit(problems):
-    """Whether scores are computed in the open: SDPA has no gradient for a bias on its fused path, and in half
-    precision its backward pass takes two to three times as long on a CPU.
+def _explicit(problems, drop):
+    """Whether scores are computed in the open: SDPA has no gradient for a bias on its fused path and a dropout of its
+    own, and in half precision its backward pass takes two to three times as long on a CPU.
     """
     half = problems.query.dtype in (torch.bfloat16, torch.float16)
-    return problems.position_query is not None or (half and problems.query.device.type == "cpu")
+    return problems.position_query is not None or drop is not None or (half and problems.query.device.type == "cpu")
 
 
 def _seen(problems, blocks, first, last, columns):
@@ -295,17 +327,26 @@ def _fused(rows, keys, values, mask, beside, scale):
     return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
 
 
-def _in_the_open(rows, keys, values, mask, bias, beside):
-    """As `_fused`, for rows that are scaled already, with `bias` [P, blocks, block, span] on the scores."""
+def _in_the_open(rows, keys, values, mask, bias, beside, kept):
+    """As `_fused`, for rows that are scaled already, with `bias` [P, blocks, block, span] on the scores.
+
+    kept: which probabilities of the windows and of the columns dropout leaves, not yet divided by their share; or None.
+    """
     scores = rows @ keys.transpose(-1, -2) + mask
     if bias is not None:
         scores = scores + bias
+    kept, kept_beside = (None, None) if kept is None else kept
     if beside is None:
-        return torch.softmax(scores, dim=-1) @ values
+        return _dropped(torch.softmax(scores, dim=-1), kept) @ values
     scores_beside = (rows.flatten(1, 2) @ beside.key.transpose(-1, -2)).view_as(beside.mask) + beside.mask
     weights = torch.softmax(torch.cat([scores, scores_beside], dim=-1), dim=-1)
     weights, weights_beside = weights.tensor_split([scores.shape[-1]], dim=-1)
+    weights, weights_beside = _dropped(weights, kept), _dropped(weights_beside, kept_beside)
     return weights @ values + (weights_beside.flatten(1, 2) @ beside.value).view_as(rows)
+
+
+def _dropped(weights, kept):
+    return weights if kept is None else weights.masked_fill(~kept, 0.0)
 
 
 def global_rows_attention(
@@ -317,8 +358,13 @@ def global_rows_attention(
     scale: float,
     valid: torch.Tensor | None = None,
     causal: bool = False,
+    dropout: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `reference.global_rows_attention`; keys are not copied, a mask is [B, G, S] if `causal`, else [B, 1, S]."""
+    """As `reference.global_rows_attention`; keys are not copied, a mask is [B, G, S] if `causal`, else [B, 1, S].
+
+    With dropout one head's scores are there at a time, [B, G, S], and again in the backward pass.
+    """
     num_keys = key.shape[1]
     seen = None if valid is None else valid[:, None, :]
     if causal:
@@ -328,8 +374,27 @@ def global_rows_attention(
         # a softmax needs a key: a row that sees none is not computed, so it may see any
         seen = (seen | ~seen.any(dim=-1, keepdim=True))[:, None]
     query, key, value = (tensor.transpose(1, 2) for tensor in (query_global, key, value))
-    # one call for each of the query heads that share a key head: its keys are read again, never copied
-    groups = query.unflatten(1, (key.shape[1], -1)).unbind(2)  # [B, Hkv, G, D] each
-    outputs = [F.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scale) for rows in groups]
-    out = torch.stack(outputs, dim=2).flatten(1, 2).transpose(1, 2)
+    if dropout_seed is not None:
+        group, outputs = query.shape[1] // key.shape[1], []
+        for head in range(query.shape[1]):
+            tensors = (query[:, head], key[:, head // group], value[:, head // group])
+            number = torch.arange(len(query), device=query.device) * query.shape[1] + head
+            options = (seen, scale, global_index, number, dropout, dropout_seed)
+            outputs.append(checkpoint(_rows_of_head, *tensors, *options, use_reentrant=False))
+        out = torch.stack(outputs, dim=2)
+    else:
+        # one call for each of the query heads that share a key head: its keys are read again, never copied
+        groups = query.unflatten(1, (key.shape[1], -1)).unbind(2)  # [B, Hkv, G, D] each
+        outputs = [F.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scale) for rows in groups]
+        out = torch.stack(outputs, dim=2).flatten(1, 2).transpose(1, 2)
     return out.masked_fill(~at_real_tokens(global_index, num_keys, valid)[:, :, None, None], 0.0)
+
+
+def _rows_of_head(query, key, value, seen, scale, position, number, dropout, seed):
+    """One head's rows [B, G, D] at `position` [B, G] over its keys [B, S, D], with dropout; number: int64 [B]."""
+    scores = query * scale @ key.transpose(-1, -2)  # [B, G, S]
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, 0], float("-inf"))
+    keys = torch.arange(key.shape[1], device=key.device)
+    kept = keep_mask(seed, number[:, None, None], position.long()[:, :, None], keys, dropout)
+    return _dropped(torch.softmax(scores, dim=-1), kept) @ value / (1 - dropout)

@@ -126,13 +126,14 @@ class SlidingWindowAttention(SelfAttention):
         if self.query_global is None or self.key_value_global is None:
             raise ValueError("this layer has no global tokens: build it with global_tokens=True")
         seq_len, pads = x.shape[1], global_index < 0
-        tokens = x.take_along_dim(global_index.clamp(min=0)[..., None], dim=1)  # [B, G, M]
+        # take_along_dim would do, but makes a compiler take all sizes for constants
+        tokens = x.gather(1, global_index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))  # [B, G, M]
         query = self.query_global(tokens).unflatten(-1, (self.num_heads, -1))
         key, value = self.key_value_global(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         options = {"global_index": global_index, "valid": valid, "causal": self.causal, "impl": self.impl}
         rows = global_rows_attention(query, key, value, **options)  # zeros at the pads
         # a last column, dropped at once, takes the pads
-        is_global = torch.zeros(len(x), seq_len + 1, dtype=torch.bool, device=x.device)
+        is_global = torch.zeros(x.shape[0], seq_len + 1, dtype=torch.bool, device=x.device)
         is_global = is_global.scatter(1, global_index.masked_fill(pads, seq_len), True)[:, :seq_len]
         place = global_index.clamp(min=0)[:, :, None, None].expand(rows.shape)
         return out.masked_fill(is_global[:, :, None, None], 0.0).scatter_add_(1, place, rows)
