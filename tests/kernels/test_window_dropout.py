@@ -65,9 +65,7 @@ def test_each_pair_is_dropped_by_where_it_stands(impl):
     torch.testing.assert_close(found, plain * kept / 0.7)
     index = torch.tensor([[0, 33, 59], [1, -1, 2]])
     options = {"global_index": index, "impl": impl}
-    plain, found = (
-        weights_of(global_rows_attention, query[:, :3], key, **options, **drop) for drop in ({}, DROPOUT)
-    )
+    plain, found = (weights_of(global_rows_attention, query[:, :3], key, **options, **drop) for drop in ({}, DROPOUT))
     kept = keep_mask(DROPOUT["dropout_seed"], heads, index[:, None, :, None], columns, 0.3)
     torch.testing.assert_close(found, plain * kept / 0.7)
 

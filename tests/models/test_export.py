@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
