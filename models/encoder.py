@@ -110,7 +110,10 @@ class Encoder(nn.Module):
         x = self.embed(input_ids, token_type_ids, position_ids)
         global_index = None
         if is_global is not None:
-            global_index = global_positions(is_global, valid, min(self.max_global_tokens, input_ids.shape[1]))
+            capacity = self.max_global_tokens
+            if not torch.compiler.is_compiling():  # where it would tell short texts from long ones
+                capacity = min(capacity, input_ids.shape[1])
+            global_index = global_positions(is_global, valid, capacity)
         for layer in self.layers:
             if self.checkpoint_activations and self.training:
                 x = checkpoint(layer, x, valid=valid, global_index=global_index, use_reentrant=False)
@@ -118,7 +121,10 @@ class Encoder(nn.Module):
                 x = layer(x, valid=valid, global_index=global_index)
         if self.pre_norm:
             x = self.norm(x)
-        return x if logit_positions is None else x.take_along_dim(logit_positions[..., None], dim=1)
+        if logit_positions is None:
+            return x
+        # take_along_dim would do, but makes a compiler take all sizes for constants
+        return x.gather(1, logit_positions[..., None].expand(-1, -1, x.shape[2]))
 
     def embed(
         self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None, position_ids: torch.Tensor | None
