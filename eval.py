@@ -1,4 +1,7 @@
-"""Score a trained run: python eval.py run_dir=DIR|checkpoint=PATH [split=test] [share=…] [protocol=…]."""
+"""Score a trained run: python eval.py run_dir=DIR|checkpoint=PATH [split=test] [share=…] [protocol=…].
+
+A published model, a folder with its config.json: python eval.py checkpoint=FOLDER task=NAME data.path=….
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,12 +10,15 @@ from typing import Any
 
 from configs.cli import entry
 
-SAID = ("share", "num_characters", "protocol")
+SAID = ("share", "num_characters", "num_tokens", "protocol", "context")
 
 
 @dataclass
 class OpenedRun:
-    """A run folder with one of its checkpoints in memory: `config` as it was run, `state` as it was saved."""
+    """A run folder with one of its checkpoints in memory: `config` as it was run, `state` as it was saved.
+
+    Of a published model `path` and `checkpoint` are its folder.
+    """
 
     path: Path
     config: Any
@@ -66,6 +72,34 @@ def open_run(
     return OpenedRun(path, config, chosen, state, task, model, precision)
 
 
+def is_published(checkpoint: str | None) -> bool:
+    """Whether `checkpoint` is the folder of a published model, not a checkpoint of a run."""
+    return checkpoint is not None and (Path(checkpoint).expanduser() / "config.json").is_file()
+
+
+def open_published(cfg, *, device: Any) -> OpenedRun:
+    """The published model in `cfg.checkpoint` with the task that `cfg.task` names, on the data of `cfg.data`."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from configs.schema import ConfigError, DataConfig, EvalConfig, build
+    from models.published import PublishedModel
+
+    path = Path(cfg.checkpoint).expanduser()
+    if cfg.task is None:
+        raise ConfigError(f"checkpoint={path} is a published model: say what it is scored in, as task=masked_lm")
+    if cfg.num_threads:
+        torch.set_num_threads(cfg.num_threads)
+    data = vars(DataConfig()) | {key: value for key, value in cfg.data.items() if value is not None}
+    task = build(cfg.task, "task", data=data)
+    model = PublishedModel(config={}, source=str(path), head=task.head)
+    model.load_source()
+    # the longest rows that the model takes, unless others are asked for
+    evaluation = EvalConfig(context=model.max_positions)
+    config = OmegaConf.create({"task": OmegaConf.to_container(cfg.task), "eval": vars(evaluation)})
+    return OpenedRun(path, config, path, {"step": 0}, task, model.to(device).eval(), "fp32")
+
+
 def _run_of(checkpoint: Path) -> Path:
     """The run folder that a checkpoint lies in."""
     from configs.schema import ConfigError
@@ -102,20 +136,26 @@ def main(cfg) -> None:
             chosen = dist.broadcast_object(None if newest is None else str(newest))
             return None if chosen is None else Path(chosen)
 
-        run = open_run(
-            cfg.run_dir,
-            cfg.checkpoint,
-            device=dist.device,
-            strict=cfg.strict,
-            num_threads=cfg.num_threads,
-            data=cfg.data,
-            choose=choose,
-        )
+        if is_published(cfg.checkpoint):
+            run = open_published(cfg, device=dist.device)
+        elif cfg.task is not None:
+            raise ConfigError("task is the run's own: leave it out, it is for the folder of a published model")
+        else:
+            run = open_run(
+                cfg.run_dir,
+                cfg.checkpoint,
+                device=dist.device,
+                strict=cfg.strict,
+                num_threads=cfg.num_threads,
+                data=cfg.data,
+                choose=choose,
+            )
         settings = evaluation_settings(cfg, run.config)
         task, step = run.task, run.state["step"]
         if cfg.split not in task.splits:
             raise ConfigError(f"split is {cfg.split!r}, it must be one of {', '.join(task.splits)}")
-        check_same_data(run.state["data"], task.fingerprint, str(run.checkpoint))
+        if "data" in run.state:
+            check_same_data(run.state["data"], task.fingerprint, str(run.checkpoint))
         show = print if dist.is_main else lambda line: None
         scores = evaluate(task, run.model, cfg.split, dist=dist, precision=run.precision, settings=settings, show=show)
         result = {"step": step, **scores}

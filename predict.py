@@ -1,4 +1,8 @@
-"""Continue a text with a trained run: python predict.py run_dir=DIR|checkpoint=PATH input=FILE|-|DIR|prompt=TEXT."""
+"""Use a trained model: python predict.py run_dir=DIR|checkpoint=PATH input=FILE|-|DIR|prompt=TEXT.
+
+A character model continues the text, a masked-language model fills its masks; a published model, checkpoint=FOLDER with
+a config.json, fills masks or gives labels, by its head.
+"""
 
 import codecs
 import json
@@ -17,17 +21,77 @@ def main(cfg) -> None:
     inputs = find_inputs(cfg)
     output = None if cfg.output is None else check_output(Path(cfg.output).expanduser())
 
-    from configs.schema import ConfigError
-    from eval import open_run
+    from eval import is_published, open_run
+    from tasks.prediction import published_answer
     from training.distributed import choose_device
+    from training.precision import autocast
+
+    device = choose_device(cfg.device)
+    if is_published(cfg.checkpoint):
+        answer_texts(cfg, inputs, published_answer(cfg.checkpoint, device=device), output)
+        return
+    run = open_run(cfg.run_dir, cfg.checkpoint, device=device, strict=cfg.strict, num_threads=cfg.num_threads)
+    if hasattr(run.task, "continue_text"):
+        continue_texts(cfg, run, inputs, output, device)
+        return
+    with autocast(run.precision, device):
+        answer_texts(cfg, inputs, partial(run.task.answer, run.model), output)
+
+
+def answer_texts(cfg, inputs: dict[str, bytes], answer: Callable[[str], dict], output: Path | None) -> None:
+    """A row of JSON for each text, to `output` or stdout; what is said of a single one is shown instead.
+
+    A file is one text, or, a .jsonl, one a line in the field "text".
+    """
+    from data.errors import DataError
+
+    texts = [text for name, content in inputs.items() for text in texts_of(name, content)]
+    for number, (name, text) in enumerate(texts, start=1):
+        if len(texts) > 1:
+            print(f"{number}/{len(texts)} {name}", file=sys.stderr)
+        try:
+            row = {"input": name, "text": text, **answer(text)}
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+        if output is not None:
+            with output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        print(json.dumps(row, ensure_ascii=False) if len(texts) > 1 and output is None else shown(row), flush=True)
+
+
+def texts_of(name: str, content: bytes) -> list[tuple[str, str]]:
+    """(name, text) of the texts in a file; DataError where it is no UTF-8 or a line has no text."""
+    from data.errors import DataError
+
+    try:
+        text = content.decode("utf-8-sig")
+        if not name.endswith(".jsonl"):
+            return [(name, text.strip())]
+        lines = [(f"{name}:{number}", json.loads(line)) for number, line in enumerate(text.splitlines(), 1) if line]
+        return [(place, row["text"]) for place, row in lines]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is no text: byte {error.start:,} is not UTF-8") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{name}: every line must be an object with the field text ({error})") from None
+
+
+def shown(row: dict) -> str:
+    """An answer for people."""
+    lines = [row[key] for key in ("filled", "label") if key in row]
+    for number, candidates in enumerate(row.get("masks", ()), start=1):
+        said = ", ".join(f"{found['token']!r} {found['probability']:.2f}" for found in candidates)
+        lines.append(f"  mask {number}: {said}")
+    lines += [f"  {label}: {share:.4f}" for label, share in row.get("probabilities", {}).items()]
+    lines += [f"  {found['word']}: {found['label']} {found['probability']:.2f}" for found in row.get("words", ())]
+    return "\n".join(lines)
+
+
+def continue_texts(cfg, run, inputs: dict[str, bytes], output: Path | None, device) -> None:
+    """Each input continued by a character model: as it comes in the terminal, or a row of JSON a file."""
     from training.errors import NumericsError
     from training.precision import autocast
     from training.signals import Signals
 
-    device = choose_device(cfg.device)
-    run = open_run(cfg.run_dir, cfg.checkpoint, device=device, strict=cfg.strict, num_threads=cfg.num_threads)
-    if not hasattr(run.task, "continue_text"):
-        raise ConfigError(f"the task {run.task.name} of this run does not continue texts")
     prompts = prepare(run.task, inputs)
     several = cfg.input is not None and Path(cfg.input).expanduser().is_dir()
     how = {name: cfg[name] for name in ("length", "temperature", "top_k", "top_p", "seed")}

@@ -303,8 +303,7 @@ def score(session, split, share, show=lambda line: None) -> dict:
     """The task's official score of the model as it is."""
     from training.evaluation import evaluate
 
-    names = ("protocol", "context", "stride", "batch_tokens")
-    settings = {name: session.cfg.eval[name] for name in names}
+    settings = {name: session.cfg.eval[name] for name in session.task.settings}
     return evaluate(
         session.task,
         session.model,
@@ -368,6 +367,10 @@ def finish(session) -> None:
         with autocast(session.precision, session.dist.device):
             told = write_result(session.folder, session.task, session.model, result, patterns, session.tracker)
         session.progress.message(told)
+        if hasattr(session.model, "export"):
+            folder = session.folder.path / "pretrained"
+            session.model.export(folder, tokenizer=session.task.folder)
+            session.progress.message(f"the model as transformers loads it: {folder}")
     check_score(result, session.task.metric, session.folder.path)  # the main process has done so before its report
 
 

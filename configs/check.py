@@ -55,6 +55,7 @@ PHASE_RANGES = {
     "warmup_steps": (0, None),
     "lr": (0, None),
     "final_lr_ratio": (0, 1),
+    "decay_power": (0, None),
 }
 EVALUATION_RANGES = {
     "num_threads": (1, None),
@@ -77,11 +78,15 @@ def check(cfg: DictConfig) -> DictConfig:
     _check_values(cfg, RANGES)
     for key in ("share", "valid_share"):
         check_share(f"eval.{key}", cfg.eval[key])
-    check_stride("eval.", cfg.eval.context, cfg.eval.stride)
     _check_optim(cfg.optim)
     # nothing else is known of these two before the run exists; the rest of a node is its constructor's affair
     check_options(cfg.task, "task", supplied=("data",))
+    if "stride" in target_class(cfg.task, "task").settings:
+        check_stride("eval.", cfg.eval.context, cfg.eval.stride)
     check_options(cfg.model, "model")
+    complete = getattr(target_class(cfg.model, "model"), "complete", None)
+    if complete is not None:
+        cfg.model = complete(plain(cfg.model))
     if not cfg.schedule.phases:
         raise ConfigError("schedule.phases is empty, a run needs at least one phase")
     for index, phase in enumerate(cfg.schedule.phases):
@@ -96,6 +101,8 @@ def check_evaluation(cfg: DictConfig) -> DictConfig:
     _check_source(cfg)
     if cfg.share is not None:
         check_share("share", cfg.share)
+    if cfg.task is not None:
+        check_options(cfg.task, "task", supplied=("data",))
     return cfg
 
 
@@ -218,7 +225,7 @@ def check_range(key: str, value, least, most) -> None:
 def _check_phase(phase, where):
     for key, limits in PHASE_RANGES.items():
         check_range(f"{where}.{key}", phase[key], *limits)
-    check_choice(f"{where}.decay", phase.decay, ("constant", "linear", "cosine"))
+    check_choice(f"{where}.decay", phase.decay, ("constant", "linear", "cosine", "polynomial"))
     if phase.warmup_steps > phase.steps:
         raise ConfigError(
             f"{where}.warmup_steps is {phase.warmup_steps}, it must be at most {where}.steps ({phase.steps})"

@@ -15,7 +15,10 @@ from configs.schema import ConfigError, register
 CONFIG_DIR = Path(__file__).resolve().parent
 MAX_NAME = 120  # letters of a folder's name
 # their values are taken as they are typed
-TEXT_KEYS = ("run_dir", "checkpoint", "data.path", "data.cache_dir", "input", "output", "prompt")
+TEXT_KEYS = (
+    "run_dir", "checkpoint", "data.path", "data.cache_dir", "input", "output", "prompt",
+    "model.source", "task.tokenizer",
+)  # fmt: skip
 
 
 def compose_config(overrides: list[str], config_name: str = "train") -> DictConfig:
@@ -59,10 +62,12 @@ def job_folder() -> str:
 def open_keys(arguments: list[str]) -> list[str]:
     """The overrides as Hydra must see them.
 
-    Keys of a phase's `attention` need not be there yet, so they get `++`; paths and texts are quoted where Hydra would
-    not read them as they stand: the folder of a sweep's job holds `=` and commas, others letters beyond ASCII.
+    Keys of a phase's `attention`, or of a published `config`, need not be there yet, so they get `++`; paths and texts
+    are quoted where Hydra would not read them as they stand: the folder of a sweep's job holds `=` and commas, others
+    letters beyond ASCII.
     """
-    opened = [re.sub(r"^(?=schedule\.phases\.\d+\.attention\b)", "++", argument) for argument in arguments]
+    free = r"^(?=schedule\.phases\.\d+\.attention\b|model\.config\.)"
+    opened = [re.sub(free, "++", argument) for argument in arguments]
     return [quoted(argument) for argument in opened]
 
 

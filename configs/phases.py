@@ -97,12 +97,18 @@ def check_device(cfg: DictConfig, device: torch.device, precision: str) -> None:
 
 
 def check_against_data(cfg: DictConfig, phases: list[PhaseConfig], task: Any, world_size: int) -> None:
-    """ConfigError for a phase longer than the data, a vocabulary too small, a batch that processes cannot share."""
-    vocab_size = cfg.model.get("vocab_size")
-    if vocab_size is not None and vocab_size < task.vocab_size:
-        raise ConfigError(f"model.vocab_size is {vocab_size}, the data needs at least {task.vocab_size}")
+    """ConfigError for a phase longer than data or model, a vocabulary too small, a batch processes cannot share."""
+    with torch.device("meta"):
+        model = build_model(cfg)
+    if model.vocab_size < task.vocab_size:
+        raise ConfigError(f"model.vocab_size is {model.vocab_size}, the data needs at least {task.vocab_size}")
+    check_length(model, "eval.context", cfg.eval.context)
+    most = getattr(task, "max_context", None)
+    if most is not None and cfg.eval.context > most:
+        raise ConfigError(f"eval.context is {cfg.eval.context}, the smallest split of the data has {most:,} tokens")
     for index, phase in enumerate(phases):
         where = f"schedule.phases.{index}"
+        check_length(model, where, phase.seq_len)
         if phase.seq_len > task.max_seq_len:
             raise ConfigError(
                 f"{where}.seq_len is {phase.seq_len}, the training split allows at most {task.max_seq_len}: "
@@ -112,6 +118,15 @@ def check_against_data(cfg: DictConfig, phases: list[PhaseConfig], task: Any, wo
             raise ConfigError(
                 f"{where}.batch_size is {phase.batch_size}, it must be a multiple of {world_size} (processes)"
             )
+
+
+def check_length(model: Any, key: str, seq_len: int) -> None:
+    """ConfigError where a model's position table is shorter than `seq_len` tokens, the value of `key`."""
+    if model.max_positions is not None and seq_len > model.max_positions:
+        raise ConfigError(
+            f"{key} is {seq_len}, the position table of this model has {model.max_positions} rows: give at most that, "
+            "or lengthen the model with python -m models.convert"
+        )
 
 
 def _capped(value, limit):

@@ -10,7 +10,7 @@ from configs.check import check, check_stride
 from configs.compose import task_overrides
 from configs.messages import dotted_keys, plain, unknown_key
 from configs.saved import flatten, read_yaml, refuse_lookups
-from configs.schema import ConfigError
+from configs.schema import ConfigError, target_class
 
 CONFIG = "config.yaml"
 # settings of the place a run runs in and of how it is watched over, not of what it computes: they may change
@@ -41,11 +41,15 @@ def load_config(file: Path) -> DictConfig:
         raise ConfigError(f"{file}: {error}") from None
 
 
-def evaluation_settings(cfg: DictConfig, run: DictConfig) -> dict[str, Any]:
-    """The settings of an evaluation: what `eval.py` was given, else what the run has; ConfigError for a bad pair."""
-    names = ("protocol", "context", "stride", "share", "batch_tokens")
+def evaluation_settings(cfg: DictConfig, run: Any) -> dict[str, Any]:
+    """The settings of an evaluation: what `eval.py` was given, else what the run has; ConfigError for a bad pair.
+
+    `run`: anything with the nodes `task` and `eval` of a run.
+    """
+    names = (*target_class(run.task, "task").settings, "share")
     settings = {name: run.eval[name] if cfg[name] is None else cfg[name] for name in names}
-    check_stride("", settings["context"], settings["stride"])
+    if "stride" in settings:
+        check_stride("", settings["context"], settings["stride"])
     return settings
 
 

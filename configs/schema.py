@@ -40,7 +40,10 @@ class OptimConfig:
 
 @dataclass
 class PhaseConfig:
-    """One phase of the schedule. `batch_size` counts all processes' sequences; `attention` is the model's."""
+    """One phase of the schedule. `batch_size` counts all processes' sequences; `attention` is the model's.
+
+    `decay`: "constant", "linear", "cosine", or "polynomial" with `decay_power`.
+    """
 
     seq_len: int = MISSING
     batch_size: int = MISSING
@@ -49,6 +52,7 @@ class PhaseConfig:
     warmup_steps: int = 0
     decay: str = "constant"
     final_lr_ratio: float = 0.0
+    decay_power: float = 1.0
     reset_optimizer: bool = False
     attention: dict[str, Any] = field(default_factory=dict)
 
@@ -170,12 +174,14 @@ class EvaluateDataConfig:
 class EvaluateConfig:
     """What `eval.py` takes; settings left null come from the run.
 
-    `checkpoint`: a folder checkpoints/step-N of a run, else the newest sound one of `run_dir`. `strict=false` loads the
-    tensors that fit and lists the others.
+    `checkpoint`: a folder checkpoints/step-N of a run, else the newest sound one of `run_dir`; or the folder of a
+    published model, for which `task` says what it is scored in. `strict=false` loads the tensors that fit and lists the
+    others.
     """
 
     run_dir: str | None = None
     checkpoint: str | None = None
+    task: Any = None
     strict: bool = True
     split: str = "test"
     protocol: str | None = None
@@ -190,7 +196,8 @@ class EvaluateConfig:
 
 @dataclass
 class PredictConfig:
-    """What `predict.py` takes: a run or one of its checkpoints, an input, and how to continue it.
+    """What `predict.py` takes: a run, one of its checkpoints or the folder of a published model; an input, and how to
+    continue it.
 
     `input`: a file, `-` for stdin, or a folder of files; `prompt`: a text instead. `length` in the task's units.
     `temperature` 0 always takes the likeliest; `top_k`, `top_p` draw among the likeliest only.

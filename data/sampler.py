@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import itertools
 import mmap
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data.errors import DataError
+from data.steps import check_counts, check_stepping, random_words, rank_rows, steps_from
 
 
 def max_seq_len(split: np.ndarray) -> int:
@@ -46,13 +44,9 @@ class CharBatches:
         world_size: int = 1,
         workers: int = 0,
     ) -> None:
-        _check_counts(seq_len=seq_len, batch_size=batch_size, world_size=world_size)
-        if batch_size % world_size:
-            raise ValueError(f"batch_size={batch_size} must be a multiple of world_size={world_size} (processes)")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} must lie in 0..{world_size - 1} (world_size={world_size})")
-        if start_step < 0 or workers < 0:
-            raise ValueError(f"start_step={start_step} and workers={workers} must not be negative")
+        check_counts(seq_len=seq_len)
+        rows = rank_rows(batch_size, rank=rank, world_size=world_size)
+        check_stepping(start_step, workers)
         text = _as_text(split)
         if seq_len > max_seq_len(text.bytes):
             raise DataError(
@@ -61,8 +55,7 @@ class CharBatches:
             )
         if workers and text.file is None:
             raise ValueError(f"workers={workers} need a memory-mapped split, not an array in memory")
-        local = batch_size // world_size
-        self.dataset = _Batches(text, seq_len, batch_size, seed, slice(rank * local, (rank + 1) * local))
+        self.dataset = _Batches(text, seq_len, batch_size, seed, rows)
         self.start_step = start_step
         self.workers = workers
 
@@ -76,23 +69,8 @@ class CharBatches:
         return self.dataset[step].long()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        steps = itertools.count(self.start_step)
-        if not self.workers:
-            yield from map(self.batch, steps)
-            return
-        loader = DataLoader(
-            self.dataset,
-            sampler=steps,
-            batch_size=None,
-            num_workers=self.workers,
-            worker_init_fn=_ignore_signals,
-            # else the loader draws from the global generator, and dropout would depend on `workers`
-            generator=torch.Generator(),
-        )
-        with _signals_blocked():
-            batches = iter(loader)
         # workers send bytes, an eighth of what the model's integers take
-        yield from map(torch.Tensor.long, batches)
+        yield from map(torch.Tensor.long, steps_from(self.dataset, self.start_step, self.workers))
 
 
 @dataclass(frozen=True)
@@ -110,9 +88,7 @@ class ChunkOrder:
 
     def starts(self, epoch: int) -> np.ndarray:
         """First byte of each chunk in the order of `epoch`, int64 [num_chunks]."""
-        # raw words and a stable sort: numpy promises these across its versions, not its shuffles
-        key = np.array([self.seed % 2**64, epoch], np.uint64)
-        words = np.random.Philox(key=key).random_raw(1 + self.num_chunks)
+        words = random_words(self.seed, epoch, 1 + self.num_chunks)
         room = self.num_bytes - self.num_chunks * self.seq_len
         offset = int(words[0]) % min(self.seq_len, room)
         return offset + np.argsort(words[1:], kind="stable") * self.seq_len
@@ -175,31 +151,3 @@ def _as_text(split: np.ndarray | str | Path) -> _Text:
 
 def _map(file: str, offset: int, length: int) -> np.memmap:
     return np.memmap(file, dtype=np.uint8, mode="r", offset=offset, shape=(length,))
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count} must be at least 1")
-
-
-# sent to a process group they are for the training loop, which saves first and then ends its workers
-_LOOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
-
-
-def _ignore_signals(worker: int) -> None:
-    for number in _LOOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Hold signals back while workers start: they inherit the mask, so none strikes before they ignore it."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LOOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.window_attention import WindowPattern
+from models.attention.control import AttentionControl
 from models.cache import RollingCache
 from models.layers import Block, check_sizes, init_weights
 from models.positions import RelativePositions, RotaryPositions, SharedBiases
 
 
-class CharLM(nn.Module):
+class CharLM(AttentionControl, nn.Module):
     """Decoder with pre-LayerNorm, GELU and tied embeddings; forward gives next-character logits.
 
     Args:
@@ -83,26 +83,20 @@ class CharLM(nn.Module):
 
     def new_cache(self, batch_size: int = 1) -> RollingCache:
         """An empty cache for texts that are read piece by piece, `batch_size` of them side by side."""
-        return RollingCache(layer.new_cache(batch_size) for layer in self._attention_layers())
+        return RollingCache(layer.new_cache(batch_size) for layer in self.attention_layers())
 
-    def set_attention(self, **options) -> None:
-        """Change attention options of every layer, as between the phases of a schedule; ValueError names a bad one."""
-        # all layers or none: a refused option leaves the model as it was
-        patterns = [layer.pattern_for(**options) for layer in self._attention_layers()]
-        for layer, pattern in zip(self._attention_layers(), patterns, strict=True):
-            layer.set_options(pattern, **options)
-
-    def check_device(self, device: torch.device, dtype: torch.dtype) -> None:
-        """ValueError where a layer asks for kernels that a device cannot run in a dtype, or not with its positions."""
-        for layer in self._attention_layers():
-            layer.check_device(device, dtype)
-
-    def attention_patterns(self) -> list[WindowPattern]:
-        """The pattern of each layer, from the bottom."""
-        return [layer.pattern for layer in self._attention_layers()]
-
-    def _attention_layers(self) -> list[Any]:
+    def attention_layers(self) -> list[Any]:
+        """The attention module of each layer, from the bottom."""
         return [block.attention for block in self.blocks]
+
+    @property
+    def vocab_size(self) -> int:
+        """Symbols it knows."""
+        return self.embed.num_embeddings
+
+    @property
+    def max_positions(self) -> None:
+        """The longest text in tokens: none, as positions are relative."""
 
     @property
     def receptive_field(self) -> int:

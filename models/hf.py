@@ -1,13 +1,17 @@
-"""Generation: transformers' loop around our character model, each token computed once through the rolling cache.
+"""Generation by transformers' loop around our character model, each token once; the tokenizers of checkpoints.
 
 The only module of models that imports transformers, and only inside its functions: it takes seconds to load.
 """
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from models.errors import PretrainedError
+from models.tokenizer import lower_cases, tokenizer_kind
 
 PIECE = 4096  # characters of a prompt that are read at a time
 
@@ -50,6 +54,27 @@ def generate(
             **how,
         )
     return ids[0, len(prompt) :].cpu()
+
+
+def fast_tokenizer(folder: Path) -> Any:
+    """The tokenizer that the files of a folder describe, of transformers' class for them.
+
+    PretrainedError where there are none, or where they cannot be read.
+    """
+    from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast, RobertaTokenizerFast
+
+    kind = tokenizer_kind(folder)
+    try:
+        if (folder / "config.json").is_file() or (kind == "json" and (folder / "tokenizer_config.json").is_file()):
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if kind == "json":
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        if kind == "bpe":
+            return RobertaTokenizerFast.from_pretrained(folder)
+        return BertTokenizerFast.from_pretrained(folder, do_lower_case=lower_cases(folder))
+    except Exception as error:  # somebody else's readers of JSON and text: no one class of errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PretrainedError(f"the tokenizer in {folder} cannot be read: {reason}") from None
 
 
 @cache

@@ -17,6 +17,7 @@ class Metric(NamedTuple):
 # in the order in which one is picked as the headline of a run
 _KNOWN = (
     Metric("bpc", "bits per character", True),
+    Metric("bits_per_token", "bits per masked token", True),
     Metric("f1", "F1", False),
     Metric("exact_match", "exact match", False),
     Metric("rouge1", "ROUGE-1", False),

@@ -41,6 +41,7 @@ from reports.pattern_numbers import Pattern, pattern_numbers
 from reports.run_figures import baseline_figure, baseline_label, training_figure
 from reports.run_folder import RunFolder, read_run
 from reports.style import render
+from reports.summary import prompt_for, scored
 from training.files import write_text
 
 MAX_SAMPLE = 4000  # characters of generated text shown per sample
@@ -162,8 +163,8 @@ def _whole(value: float) -> str:
 def _protocol(result: Mapping[str, Any]) -> str:
     """How the score was taken, in one sentence."""
     said = []
-    if is_number(result.get("num_characters")):
-        said.append(f"{result['num_characters']:,} characters scored")
+    if scored(result):
+        said.append(f"{scored(result)} scored")
     if is_number(result.get("share")):
         said.append(f"{result['share']:.4g} of the split" if result["share"] < 1 else "the whole split")
     for key, label in (("context", "context"), ("stride", "stride"), ("receptive_field", "receptive field")):
@@ -257,8 +258,8 @@ def _commands(run: RunFolder) -> str:
     if run.state != "finished":
         lines.append(("on with this one", "train.py", *overrides, path))
     lines.append(("its evaluation", "eval.py", path, "split=test"))
-    if run.result.get("task") == "char_lm":
-        lines.append(("a text that it continues", "predict.py", path, "prompt=Once upon a time"))
+    if run.result:
+        lines.append(("a text to try it on", "predict.py", path, f"prompt={prompt_for(run.result)}"))
     lines.append(("its patterns", "-m", "reports.pattern", path))
     return page.section(
         "Commands",

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from reports import style
-from reports.metrics import Metric, format_score, number
+from reports.metrics import Metric, format_score, metric_named, number
 
 MAX_POINTS = 2000  # more than the picture has pixels
 
@@ -50,7 +50,7 @@ def phase_spans(records: Sequence[Mapping[str, Any]]) -> dict[int, tuple[float, 
 
 def loss_key(records: Sequence[Mapping[str, Any]], split: str) -> str | None:
     """The key of the loss to draw for `split`: bits per character where the run has them, else the loss."""
-    names = (f"{split}/bpc", f"{split}/loss")
+    names = (f"{split}/bpc", f"{split}/bits_per_token", f"{split}/loss")
     return next((name for name in names if any(name in record for record in records)), None)
 
 
@@ -81,7 +81,7 @@ def training_figure(
             note = {"xytext": (-8, 12), "textcoords": "offset points", "ha": "right", "fontsize": 9}
             top.annotate(f"best {valid_values[best]:.3f}", point, color=style.RED, **note)
         _limit_top(top, smoothed, valid_values)
-        top.set_ylabel({"bpc": "bits per character", "loss": "loss (nats)"}.get(name, name))
+        top.set_ylabel("loss (nats)" if name == "loss" else metric_named(str(name)).label)
         if len(steps) or len(valid_steps):
             top.legend(loc="upper right")
         bottom.plot(rate_steps, rates, color=style.GREEN)

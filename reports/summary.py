@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reports.console import command_path
+from reports.metrics import is_number
 
 
 def opening(name: str, phases: Sequence[Any], num_parameters: int, where: str, path: Path, step: int) -> str:
@@ -29,13 +30,13 @@ def closing(result: Mapping[str, Any], metric: str, sample: str, path: Path, rep
     return "\n".join(
         [
             f"sample: {sample[-200:]!r}",
-            f"test {metric} {result[metric]:.4f} on {result['num_characters']:,} characters "
+            f"test {metric} {result[metric]:.4f} on {scored(result)} "
             f"({result['share']:.0%} of the split); beside it {others}",
             f"{result['train_seconds']:.0f} s of training, {result['tokens_per_second']:,.0f} tokens/s, "
             f"peak {result['peak_memory_bytes'] / 2**30:.2f} GiB",
             f"report {report}",
             "next:",
-            *_uses(path),
+            *_uses(path, result),
             "  python train.py --help   # the experiments, and the keys that any override may change",
             *_variations(path),
         ]
@@ -47,20 +48,33 @@ def finished(path: Path) -> str:
     result = {}
     with contextlib.suppress(OSError, ValueError):  # nothing of what follows depends on it
         result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-    scores = ", ".join(f"{name} {float(result[name]):.4f}" for name in ("bpc", "accuracy", "f1") if name in result)
+    scores = ", ".join(
+        f"{name} {float(result[name]):.4f}" for name in ("bpc", "bits_per_token", "accuracy", "f1") if name in result
+    )
     return "\n".join(
         [
             f"finished already: {path} ({result.get('split', 'test')} {scores}; {path / 'report.html'}). "
             "Start anew with another run_dir, or use what it learned:",
-            *_uses(path),
+            *_uses(path, result),
         ]
     )
 
 
-def _uses(path: Path) -> list[str]:
+def scored(result: Mapping[str, Any]) -> str:
+    """How much a score was taken on, in the units of its task; "" where the result does not say."""
+    units = {"num_characters": "characters", "num_tokens": "masked tokens"}
+    return next((f"{result[name]:,} {unit}" for name, unit in units.items() if is_number(result.get(name))), "")
+
+
+def prompt_for(result: Mapping[str, Any]) -> str:
+    """A text to try a trained model on."""
+    return "Paris is the <mask> of France." if result.get("task") == "masked_lm" else "Once upon a time"
+
+
+def _uses(path: Path, result: Mapping[str, Any]) -> list[str]:
     """Commands that take a trained run."""
     run_dir = shlex.quote(f"run_dir={command_path(path)}")
-    return [f'  python predict.py {run_dir} prompt="Once upon a time"', f"  python eval.py {run_dir}"]
+    return [f'  python predict.py {run_dir} prompt="{prompt_for(result)}"', f"  python eval.py {run_dir}"]
 
 
 def _variations(path: Path) -> list[str]:

@@ -31,6 +31,7 @@ class CharLMTask:
 
     name = "char_lm"
     metric = "bpc"
+    settings = ("protocol", "context", "stride", "batch_tokens")  # of the run's `eval` node, for `evaluate`
 
     def __init__(self, dataset: Literal["text8", "enwik8", "python_source"], *, data: Mapping, sample_chars: int = 300):
         if sample_chars < 0:

@@ -17,16 +17,19 @@ FOLDER = "nonfinite"
 log = logging.getLogger(__name__)
 
 
-def keep_batch(run_dir: Path, batch: Tensor, facts: Mapping[str, Any], rank: int) -> Path:
+def keep_batch(run_dir: Path, batch: Any, facts: Mapping[str, Any], rank: int) -> Path:
     """Write a process's batch and `facts` (step, phase, lr, loss …) to `run_dir/nonfinite/step-N`; returns that folder.
 
-    The batch is kept as it came from the task, in `batch-rank-R.safetensors`. No room for it costs a warning.
+    The batch, a tensor or an object that holds some, is kept as it came from the task, in `batch-rank-R.safetensors`.
+    No room for it costs a warning.
     """
     folder = run_dir / FOLDER / f"step-{facts['step']}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        parts = {"batch": batch} if isinstance(batch, Tensor) else vars(batch)
         # cloned: rows of a larger memory would be refused by the format
-        save_file({"batch": batch.detach().cpu().clone()}, folder / f"batch-rank-{rank}.safetensors")
+        tensors = {name: part.detach().cpu().clone() for name, part in parts.items() if isinstance(part, Tensor)}
+        save_file(tensors, folder / f"batch-rank-{rank}.safetensors")
         if rank == 0:
             write_json(folder / "facts.json", facts)
     except (OSError, SafetensorError) as error:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 # ahead of others in the line: the number a person looks at first
-HEADLINES = ("train/bpc", "train/accuracy", "train/loss")
+HEADLINES = ("train/bpc", "train/bits_per_token", "train/accuracy", "train/loss")
 REDRAW_S = 0.2
 log = logging.getLogger(__name__)
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")

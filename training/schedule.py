@@ -3,17 +3,25 @@
 import math
 from collections.abc import Sequence
 
-DECAYS = ("constant", "linear", "cosine")
+DECAYS = ("constant", "linear", "cosine", "polynomial")
 
 
 def learning_rate(
-    phase_step: int, *, lr: float, steps: int, warmup_steps: int, decay: str, final_lr_ratio: float
+    phase_step: int,
+    *,
+    lr: float,
+    steps: int,
+    warmup_steps: int,
+    decay: str,
+    final_lr_ratio: float,
+    decay_power: float = 1.0,
 ) -> float:
     """Learning rate of the update number `phase_step` (from 0) of a phase of `steps` updates.
 
     Linear warm-up lr/warmup_steps, 2 lr/warmup_steps, ... up to `lr`, then `decay` from `lr` at step
     `warmup_steps` towards `final_lr_ratio * lr`, which would be reached at step `steps`, one past the last
-    update: no update is spent at a final rate of zero. "constant" ignores `final_lr_ratio`.
+    update: no update is spent at a final rate of zero. "polynomial" falls with the part of the way that is left to the
+    power `decay_power`, "linear" with that part itself; "constant" ignores `final_lr_ratio`.
 
     Raises ValueError for a step outside [0, steps], an unknown decay, or a warm-up longer than the phase.
     """
@@ -28,7 +36,10 @@ def learning_rate(
     if decay == "constant" or steps == warmup_steps:
         return lr
     progress = (phase_step - warmup_steps) / (steps - warmup_steps)
-    remaining = 1.0 - progress if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    if decay == "cosine":
+        remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
+    else:
+        remaining = (1.0 - progress) ** (decay_power if decay == "polynomial" else 1.0)
     return lr * (final_lr_ratio + (1.0 - final_lr_ratio) * remaining)
 
 

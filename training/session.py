@@ -81,6 +81,8 @@ class Session:
             if self.state:  # gone back to the first step
                 torch.manual_seed(self.cfg.seed)
                 self.model.load_state_dict(self.make_model().state_dict())
+            if hasattr(self.model, "load_source"):
+                self.model.load_source()  # type: ignore[operator]
             self.state.update(INITIAL_STATE)
             return None
         saved = load_checkpoint(Path(newest), model=self.model, optimizer=self.optimizer)
@@ -98,6 +100,7 @@ class Session:
             warmup_steps=phase.warmup_steps,
             decay=phase.decay,
             final_lr_ratio=phase.final_lr_ratio,
+            decay_power=phase.decay_power,
         )
         self.optimizer.set_lr(lr)
         # what is dropped is a function of these alone, so that a resumed run drops the same

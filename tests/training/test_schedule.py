@@ -35,6 +35,12 @@ def test_cosine_meets_its_ends_and_its_middle():
     assert values == sorted(values, reverse=True)
 
 
+def test_polynomial_falls_with_a_power_of_what_is_left():
+    cubic = rates(decay="polynomial", decay_power=3.0, warmup_steps=0, final_lr_ratio=0.0)
+    assert cubic == pytest.approx([2.0 * (1 - step / 10) ** 3 for step in range(11)])
+    assert rates(decay="polynomial") == rates(decay="linear")
+
+
 def test_constant_ignores_the_final_ratio():
     assert rates(decay="constant", warmup_steps=0) == [2.0] * 11
 
@@ -50,7 +56,7 @@ def test_phase_of_warmup_only():
 @pytest.mark.parametrize(
     ("step", "options", "message"),
     [
-        (0, {"decay": "exponential"}, "decay must be one of constant, linear, cosine, got 'exponential'"),
+        (0, {"decay": "exponential"}, "decay must be one of constant, linear, cosine, polynomial, got 'exponential'"),
         (0, {"warmup_steps": 11}, "warmup_steps must lie in 0..10 .* got 11"),
         (11, {}, "phase_step must lie in 0..10, got 11"),
         (-1, {}, "phase_step must lie in 0..10, got -1"),

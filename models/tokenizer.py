@@ -1,0 +1,122 @@
+"""A checkpoint's own tokenizer: `load_tokenizer`. Words in, ids without special tokens out, and back."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.errors import PretrainedError
+
+# marks at the start of a token that begins a word: byte-level BPE, SentencePiece; WordPiece marks the others
+WORD_STARTS, CONTINUATION = ("Ġ", "▁"), "##"
+MASK = "<mask>"  # what a prompt may hold, whatever the tokenizer calls it
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A fast tokenizer of transformers, and the ids that a task needs.
+
+    cls_id, sep_id, pad_id, mask_id: its special tokens by their use. vocab_size: one more than its largest id.
+    """
+
+    fast: Any
+    folder: Path
+    cls_id: int
+    sep_id: int
+    pad_id: int
+    mask_id: int
+    vocab_size: int
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without special tokens; a mask in it becomes the tokenizer's own."""
+        mask = self.fast.mask_token
+        texts = [text.replace(MASK, mask) for text in texts] if mask != MASK else list(texts)
+        # the notice that a text is longer than some model's limit is no concern of ours
+        return self.fast(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def words(self, text: str) -> list[tuple[int, int, int]]:
+        """(place, start, end) of each word of a text: its first token's place behind a start token, its characters."""
+        found = self.fast(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        words: list[tuple[int, int, int]] = []
+        seen = None
+        for place, (number, (start, end)) in enumerate(zip(found.word_ids(), found["offset_mapping"], strict=True), 1):
+            if number is not None and number == seen:
+                words[-1] = (*words[-1][:2], end)
+            elif number is not None:
+                words.append((place, start, end))
+            seen = number
+        return words
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids."""
+        return self.fast.decode(list(ids))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that decides which ids a text gets."""
+        return hashlib.sha256(self.fast.backend_tokenizer.to_str().encode()).hexdigest()
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Ids that stand for no text."""
+        return sorted({*self.fast.all_special_ids, self.cls_id, self.sep_id, self.pad_id, self.mask_id})
+
+    def word_starts(self) -> np.ndarray:
+        """bool [V]: which ids begin a word."""
+        tokens = self.fast.convert_ids_to_tokens(range(self.vocab_size))
+        marked = any(token is not None and token.startswith(WORD_STARTS) for token in tokens)
+        if marked:
+            return np.array([token is not None and token.startswith(WORD_STARTS) for token in tokens])
+        return np.array([token is not None and not token.startswith(CONTINUATION) for token in tokens])
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer in a folder: tokenizer.json, or the vocabulary files of RoBERTa or BERT.
+
+    Raises PretrainedError where there is none, or where it has no mask, start, end or padding token.
+    """
+    from models.hf import fast_tokenizer
+
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise PretrainedError(f"{folder} is no folder with tokenizer files")
+    fast = fast_tokenizer(folder)
+    # their hint about forks concerns Python workers, which never call it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    ids = {
+        "cls_id": fast.cls_token_id if fast.cls_token_id is not None else fast.bos_token_id,
+        "sep_id": fast.sep_token_id if fast.sep_token_id is not None else fast.eos_token_id,
+        "pad_id": fast.pad_token_id,
+        "mask_id": fast.mask_token_id,
+    }
+    lacking = [name.removesuffix("_id") for name, number in ids.items() if number is None]
+    if lacking:
+        raise PretrainedError(f"the tokenizer in {folder} has no {' and no '.join(lacking)} token")
+    return Tokenizer(fast, folder, **ids, vocab_size=max(fast.get_vocab().values()) + 1)
+
+
+def tokenizer_kind(folder: Path) -> str:
+    """Which files of a folder hold its tokenizer: "json", "bpe" or "wordpiece"; PretrainedError where none do."""
+    files = {"json": ["tokenizer.json"], "bpe": ["vocab.json", "merges.txt"], "wordpiece": ["vocab.txt"]}
+    for kind, names in files.items():
+        if all((folder / name).is_file() for name in names):
+            return kind
+    if (folder / "spiece.model").is_file() or (folder / "sentencepiece.bpe.model").is_file():
+        raise PretrainedError(
+            f"{folder} holds a SentencePiece model but no tokenizer.json: make one where the sentencepiece package is "
+            "installed (transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
+        )
+    raise PretrainedError(
+        f"{folder} holds no tokenizer: neither tokenizer.json, nor vocab.json with merges.txt, nor vocab.txt"
+    )
+
+
+def lower_cases(folder: Path) -> bool:
+    """Whether tokenizer_config.json says that a WordPiece vocabulary is of small letters, as by default."""
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("do_lower_case", True) if path.is_file() else True

@@ -1,0 +1,96 @@
+"""What a trained encoder says of one text: words for its masks, a label, labels of its words."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from data.errors import DataError
+from models.pretrained import load_pretrained, published_of
+from models.tokenizer import MASK, Tokenizer, load_tokenizer
+
+SHOWN = 5  # candidates of a mask
+
+
+@torch.no_grad()
+def fill_masks(model: Any, tokenizer: Tokenizer, text: str, *, max_positions: int) -> dict[str, Any]:
+    """The likeliest words in place of the masks of a text.
+
+    Returns `filled`, the text with the likeliest word in each place, and `masks`: of each its best candidates as
+    `token` and `probability`. Raises DataError where the text has no mask, or has more than `max_positions` tokens.
+    """
+    ids = _framed(tokenizer, text, max_positions)
+    masked = [position for position, token in enumerate(ids) if token == tokenizer.mask_id]
+    if not masked:
+        raise DataError(f"there is nothing to fill: the text has no {MASK}")
+    device = next(model.parameters()).device
+    positions = torch.tensor([masked], device=device)
+    logits = model(torch.tensor([ids], device=device), logit_positions=positions)[0].float()  # [P, V]
+    # rows beyond the tokenizer's last id, and special tokens, are no words
+    logits[:, tokenizer.vocab_size :] = -torch.inf
+    logits[:, tokenizer.special_ids] = -torch.inf
+    best = logits.softmax(dim=-1).topk(SHOWN)
+    masks = [
+        [{"token": tokenizer.decode([token]).strip(), "probability": probability} for token, probability in pairs]
+        for pairs in (zip(*row, strict=True) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    ]
+    for position, tokens in zip(masked, best.indices.tolist(), strict=True):
+        ids[position] = tokens[0]
+    return {"filled": tokenizer.decode(ids[1:-1]), "masks": masks}
+
+
+def _framed(tokenizer, text, max_positions) -> list[int]:
+    """The ids of a text between the tokens of its start and its end."""
+    ids = [tokenizer.cls_id, *tokenizer.encode([text])[0], tokenizer.sep_id]
+    if len(ids) > max_positions:
+        raise DataError(
+            f"the text has {len(ids):,} tokens, the position table of this model {max_positions:,}: cut the text, or "
+            "lengthen the model with python -m models.convert"
+        )
+    return ids
+
+
+@torch.no_grad()
+def label_text(model: Any, tokenizer: Tokenizer, text: str, *, max_positions: int) -> dict[str, Any]:
+    """The label of a text: `label`, and `probabilities` of all. DataError for one beyond `max_positions` tokens."""
+    ids = torch.tensor([_framed(tokenizer, text, max_positions)], device=next(model.parameters()).device)
+    shares = model(ids, is_global=_first(ids))[0].float().softmax(dim=-1).tolist()
+    named = dict(sorted(zip(_labels(model, len(shares)), shares, strict=True), key=lambda pair: -pair[1]))
+    return {"label": next(iter(named)), "probabilities": named}
+
+
+@torch.no_grad()
+def label_words(model: Any, tokenizer: Tokenizer, text: str, *, max_positions: int) -> dict[str, Any]:
+    """The label of each word of a text, by its first token: `words`, each with `word`, `label`, `probability`."""
+    ids = torch.tensor([_framed(tokenizer, text, max_positions)], device=next(model.parameters()).device)
+    shares = model(ids)[0].float().softmax(dim=-1)  # [T, labels]
+    best, labels = shares.max(dim=-1), _labels(model, shares.shape[-1])
+    words = [
+        {"word": text[start:end], "label": labels[best.indices[place]], "probability": best.values[place].item()}
+        for place, start, end in tokenizer.words(text)
+    ]
+    return {"words": words}
+
+
+def published_answer(folder: str, *, device: Any) -> Callable[[str], dict[str, Any]]:
+    """What says of a text what the published model in a folder can: its masks filled, its label, its words' labels."""
+    model: Any = load_pretrained(folder).to(device)
+    tokenizer = load_tokenizer(folder)
+    head = published_of(model).head
+    kinds = {"masked_lm": fill_masks, "sequence": label_text, "token": label_words}
+    if head not in kinds:
+        raise DataError(
+            f"{folder} has the head {head!r}: texts go to {', '.join(kinds)}; others by their logits, in Python"
+        )
+    return partial(kinds[head], model, tokenizer, max_positions=model.encoder.max_positions)
+
+
+def _first(ids: torch.Tensor) -> torch.Tensor:
+    """The first token is global, as in classification (arXiv 2004.05150, section 3.1)."""
+    return torch.arange(ids.shape[1], device=ids.device).expand_as(ids) == 0
+
+
+def _labels(model, count) -> list[str]:
+    named = model.published.config.get("id2label") or {}
+    return [str(named.get(str(number), named.get(number, f"LABEL_{number}"))) for number in range(count)]
