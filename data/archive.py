@@ -103,6 +103,11 @@ def open_members(file: Path) -> Iterator[Iterator[tuple[str, IO[bytes]]]]:
             yield iter([(file.stem if file.suffix.lower().lstrip(".") in MAGIC else file.name, stream)])
 
 
+def is_archive(name: str) -> bool:
+    """Whether a file of this name holds files: a zip or a tar, packed or not."""
+    return name.lower().endswith(".zip") or _TAR.search(name) is not None
+
+
 def chunks(stream: IO[bytes], size: int = CHUNK) -> Iterator[bytes]:
     """Successive non-empty reads of at most `size` bytes."""
     while chunk := stream.read(size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,14 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from data.archive import listing, open_members, resolve_file
+from data.archive import MAGIC, is_archive, listing, open_members, resolve_file
 from data.cache import sha256_of
 from data.errors import DataError
 
 # what a folder or an archive may hold beside text, as a README.md, is no document
 _TEXT = {"", ".txt", ".text"}
 _JSON_LINES = {".jsonl"}
-_PACKED = re.compile(r"(\.tar)?\.(gz|xz|bz2|zip)$|\.(tar|tgz|txz|tbz2)$", re.IGNORECASE)
 _FIELDS = ("text", "article")
 _DOCUMENT = re.compile(r'<doc id="[^"]*".*>\s*$')
 _END = re.compile(r"</doc>\s*$")
@@ -52,10 +52,11 @@ def corpus_files(path: str | Path) -> list[Path]:
     if not folder.is_dir():
         return [resolve_file(path)]
     files = []
-    for here, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [Path(here) / name for name in names if _is_text(name) or _PACKED.search(name)]
-    files = [file for file in files if not file.name.startswith(".") and file.stat().st_size]
+    with _reading(folder):
+        for here, subfolders, names in os.walk(folder, onerror=_raise):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            paths = [Path(here) / name for name in names if not name.startswith(".") and _is_corpus_file(name)]
+            files += [file for file in paths if file.stat().st_size]
     if not files:
         raise DataError(f"data.path={path} has no file of text (.txt, .jsonl, packed or not) in it: {listing(folder)}")
     return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
@@ -64,17 +65,32 @@ def corpus_files(path: str | Path) -> list[Path]:
 def corpus_digest(path: str | Path) -> str:
     """Hex sha256 of a file, or of the lines "path size sha256" of a folder's: what its documents depend on."""
     root, files = Path(path).expanduser().absolute(), corpus_files(path)
-    try:
+    with _reading(root):
         if files == [root]:
             return sha256_of(root)
         lines = [f"{file.relative_to(root).as_posix()} {file.stat().st_size} {sha256_of(file)}\n" for file in files]
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror or error}") from error
     return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_corpus_file(name: str) -> bool:
+    packed = PurePosixPath(name).suffix.lower().lstrip(".") in MAGIC
+    return is_archive(name) or _is_text(PurePosixPath(name).stem if packed else name)
+
+
 def _is_text(name: str) -> bool:
-    return PurePosixPath(_PACKED.sub("", name)).suffix.lower() in _TEXT | _JSON_LINES
+    return PurePosixPath(name).suffix.lower() in _TEXT | _JSON_LINES and not PurePosixPath(name).name.startswith(".")
 
 
 def _documents(stream: IO[bytes], name: str, place: str) -> Iterator[str]:

@@ -88,7 +88,8 @@ def load_tokens(
         raise ValueError(f"holdout={holdout} must lie between 0 and 0.5: valid and test take that share each")
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     digest = corpus_digest(path)
-    settings = [_FORMAT, digest, tokenizer_digest, dtype.name, holdout]
+    # the ending says how the bytes are read
+    settings = [_FORMAT, digest, Path(path).suffixes[-2:], tokenizer_digest, dtype.name, holdout]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
     def build(write: Callable[[bytes], None]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A local web server that can be told to misbehave."""
+"""A local web server that can be told to misbehave; token splits made by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
+
+from data.tokens import TokenSplit
 
 
 class LocalServer:
@@ -70,3 +73,17 @@ def server() -> Iterator[LocalServer]:
     server = LocalServer()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def make_split(tmp_path_factory):
+    """`make_split([[5, 6], [7]])` is a TokenSplit of these documents, in a file."""
+
+    def make(documents: list[list[int]]) -> TokenSplit:
+        file = tmp_path_factory.mktemp("split") / "tokens.bin"
+        offsets = np.cumsum([0, *map(len, documents)])
+        tokens = np.concatenate([np.array(document, np.int32) for document in documents])
+        file.write_bytes(offsets.astype(np.int64).tobytes() + tokens.tobytes())
+        return TokenSplit(file, "int32", offsets.nbytes, len(tokens), 0, len(documents))
+
+    return make
