@@ -26,9 +26,10 @@ DERIVED = ("embeddings.position_ids", "embeddings.token_type_ids")
 ENTRIES = (
     "attention_dilation", "attention_mode", "attention_probs_dropout_prob", "attention_type", "attention_window",
     "block_size", "classifier_dropout", "conv_kernel_size", "hidden_act", "hidden_dropout_prob", "hidden_size",
-    "id2label", "intermediate_size", "layer_norm_eps", "max_position_embeddings", "model_type", "num_attention_heads",
-    "num_hidden_layers", "num_labels", "num_landmarks", "num_random_blocks", "pad_token_id", "rescale_embeddings",
-    "segment_means_seq_len", "sep_token_id", "type_vocab_size", "use_bias", "vocab_size",
+    "id2label", "intermediate_size", "label2id", "layer_norm_eps", "max_global_tokens", "max_position_embeddings",
+    "model_type", "num_attention_heads", "num_hidden_layers", "num_labels", "num_landmarks", "num_random_blocks",
+    "pad_token_id", "rescale_embeddings", "segment_means_seq_len", "sep_token_id", "type_vocab_size", "use_bias",
+    "vocab_size",
 )  # fmt: skip
 # allenai/longformer, longformer/longformer.py: those that compute what the published model does, and the others
 WINDOW_MODES, OTHER_MODES = ("tvm", "sliding_chunks"), ("sliding_chunks_no_overlap", "n2")
@@ -119,6 +120,7 @@ def encoder_options(config: dict[str, Any], compat: str | None) -> dict[str, Any
         "dropout": config["hidden_dropout_prob"],
         "dropout_before_norm": kind == "big_bird",
         "embedding_scale": scale,
+        "max_global_tokens": config.get("max_global_tokens", 128),  # ours alone
     }
 
 

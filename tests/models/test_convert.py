@@ -30,6 +30,43 @@ def test_short_texts_give_the_same_and_long_ones_run(kind, to, tmp_path):
         long(torch.full((1, LONG + 1), 5))
 
 
+@pytest.mark.parametrize("to", ["longformer", "big_bird"])
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta"])
+def test_twelve_layers_give_the_same_where_everything_is_seen(kind, to, tmp_path):
+    """With a window over the text, or blocks that are all global: what published conversions do to 2.5e-6."""
+    deep = {"num_hidden_layers": 12, "hidden_size": 48, "intermediate_size": 96, "initializer_range": 0.1}
+    theirs(kind, "ForMaskedLM", **deep).save_pretrained(tmp_path / "short")
+    sizes = {"window": 64} if to == "longformer" else {"block_size": 16, "num_random_blocks": 3}
+    convert.convert(tmp_path / "short", tmp_path / "long", to=to, max_positions=LONG, **sizes)
+    short = load_pretrained(tmp_path / "short")
+    full = {"attention_type": "original_full"} if to == "big_bird" else {}
+    long = load_pretrained(tmp_path / "long", **full)
+    input_ids = torch.randint(3, SIZES["vocab_size"], (2, 61), generator=torch.Generator().manual_seed(3))
+    valid = torch.ones(2, 61, dtype=torch.bool)
+    valid[1, 50:] = False
+    input_ids[~valid] = 1
+    for is_global in (None, torch.arange(61).eq(0).expand(2, -1)):
+        difference = (long(input_ids, valid, is_global) - short(input_ids, valid))[valid].abs().max()
+        assert difference < 2.5e-6 * max(1.0, short(input_ids, valid)[valid].abs().max().item())
+
+
+@pytest.mark.parametrize("ending", ["ForTokenClassification", "ForQuestionAnswering", "ForPreTraining"])
+def test_other_heads_go_along(ending, tmp_path):
+    theirs("bert", ending).save_pretrained(tmp_path / "short")
+    convert.convert(tmp_path / "short", tmp_path / "long", to="longformer", max_positions=LONG, window=20)
+    short, long = load_pretrained(tmp_path / "short"), load_pretrained(tmp_path / "long")
+    assert type(short) is type(long)
+    for one, two in zip(short(torch.full((1, 9), 5)), long(torch.full((1, 9), 5)), strict=True):
+        torch.testing.assert_close(one, two, rtol=0.0, atol=1e-5)
+
+
+def test_a_head_of_another_form_is_refused(tmp_path):
+    theirs("bert", "ForSequenceClassification").save_pretrained(tmp_path / "short")
+    with pytest.raises(PretrainedError, match="the source has no dense.weight"):
+        convert.convert(tmp_path / "short", tmp_path / "long", to="longformer", max_positions=LONG, window=20)
+    assert not (tmp_path / "long").exists()
+
+
 def test_global_projections_begin_as_copies(tmp_path):
     theirs("roberta", "ForMaskedLM").save_pretrained(tmp_path / "short")
     convert.convert(tmp_path / "short", tmp_path / "long", to="longformer", max_positions=LONG, window=20)
