@@ -39,10 +39,11 @@ def test_quick_run_fills_every_column(tmp_path):
 
 @pytest.mark.parametrize("model", PEERS)
 def test_both_sides_have_the_same_states_and_gradients(model):
-    case = QUICK[f"{model}-4k-backward"]
+    # in float64: oneDNN's float32 gradient of transformers' depthwise filter is off by a fifth (torch 2.13, Zen 5)
+    case = dataclasses.replace(QUICK[f"{model}-4k-backward"], dtype="float64")
     modules = {side: encoders.build(case, side) for side in (OURS, case.peer)}
     found, expected = (encoders.states(case, module)() for module in modules.values())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-6)
     ours, theirs = (
         dict(zip(dict(module.named_parameters()), encoders.call_of(case, module)(), strict=True))
         for module in modules.values()
@@ -50,7 +51,7 @@ def test_both_sides_have_the_same_states_and_gradients(model):
     found, largest = published_tensors(modules[OURS], ours), max(grad.abs().max().item() for grad in theirs.values())
     assert {f"model.{name}" for name in found} == set(theirs)
     for name, grad in found.items():
-        torch.testing.assert_close(grad, theirs[f"model.{name}"], rtol=1e-3, atol=1e-5 * largest, msg=name)
+        torch.testing.assert_close(grad, theirs[f"model.{name}"], rtol=1e-6, atol=1e-8 * largest)
 
 
 def test_mechanisms_are_at_work_in_the_sizes_that_are_timed():
