@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 def keep_batch(run_dir: Path, batch: Any, facts: Mapping[str, Any], rank: int) -> Path:
     """Write a process's batch and `facts` (step, phase, lr, loss …) to `run_dir/nonfinite/step-N`; returns that folder.
 
-    The batch, a tensor or an object whose `tensors()` are named, is kept as it came from the task, in `batch-rank-R.safetensors`.
-    No room for it costs a warning.
+    The batch, a tensor or an object whose `tensors()` have names, is kept as it came from the task, in
+    `batch-rank-R.safetensors`. No room for it costs a warning.
     """
     folder = run_dir / FOLDER / f"step-{facts['step']}"
     try:

@@ -139,15 +139,37 @@ class SlidingWindowAttention(SelfAttention):
         # take_along_dim would do, but makes a compiler take all sizes for constants
         tokens = x.gather(1, global_index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))  # [B, G, M]
         query = self.query_global(tokens).unflatten(-1, (self.num_heads, -1))
-        key, value = self.key_value_global(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        options = {"global_index": global_index, "valid": valid, "causal": self.causal, "impl": self.impl}
-        options |= drop
-        rows = global_rows_attention(query, key, value, **options)  # zeros at the pads
+        options = {"valid": valid, "causal": self.causal, "impl": self.impl}
+        # with dropout each head draws for keys of its own
+        if not drop and x.device.type == "cpu" and 2 * query.shape[1] * self.num_heads <= x.shape[-1]:
+            rows = self._rows_over_inputs(self.key_value_global, query, x, global_index, options)
+            rows = rows.masked_fill(pads[:, :, None, None], 0.0)
+        else:
+            key, value = self.key_value_global(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+            rows = global_rows_attention(query, key, value, global_index=global_index, **options, **drop)
         # a last column, dropped at once, takes the pads
         is_global = torch.zeros(x.shape[0], seq_len + 1, dtype=torch.bool, device=x.device)
         is_global = is_global.scatter(1, global_index.masked_fill(pads, seq_len), True)[:, :seq_len]
         place = global_index.clamp(min=0)[:, :, None, None].expand(rows.shape)
         return out.masked_fill(is_global[:, :, None, None], 0.0).scatter_add_(1, place, rows)
+
+    def _rows_over_inputs(self, projection, query, x, global_index, options):
+        """Global rows [B, G, H, D] of query [B, G, H, D] over x [B, T, M], whose keys and values are never made.
+
+        q . (W x + b) is (W' q) . x and what is the same for all keys, which a softmax does not see; the weighted mean
+        of W x + b is W times that of x, and b. For few rows that is far less work than to project every token.
+        """
+        key_weight, value_weight = projection.weight.unflatten(0, (2, self.num_heads, -1)).unbind(0)  # [H, D, M]
+        # a row and head each as a row of its own, over one head of width M
+        asking = torch.einsum("bghd,hdm->bghm", query, key_weight).flatten(1, 2)[:, :, None]
+        index = global_index.repeat_interleave(self.num_heads, dim=1)
+        keys, scale = x[:, :, None], query.shape[-1] ** -0.5
+        means = global_rows_attention(asking, keys, keys, global_index=index, scale=scale, **options)
+        rows = torch.einsum("bghm,hdm->bghd", means.reshape(*query.shape[:3], -1), value_weight)
+        if projection.bias is None:
+            return rows
+        # under autocast the bias alone is still float32
+        return rows + projection.bias.unflatten(0, (2, self.num_heads, -1))[1].to(rows.dtype)
 
     def _position_in(self, cache, valid):
         """The position of the next token of a cache, once it is sure that the cache can serve this layer."""
