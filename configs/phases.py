@@ -121,7 +121,7 @@ def check_against_data(cfg: DictConfig, phases: list[PhaseConfig], task: Any, wo
         raise ConfigError(f"eval.context is {cfg.eval.context}, the smallest split of the data has {most:,} tokens")
     for index, phase in enumerate(phases):
         where = f"schedule.phases.{index}"
-        check_length(model, where, phase.seq_len)
+        check_length(model, f"{where}.seq_len", phase.seq_len)
         if phase.seq_len > task.max_seq_len:
             raise ConfigError(
                 f"{where}.seq_len is {phase.seq_len}, the training split allows at most {task.max_seq_len}: "

@@ -25,11 +25,11 @@ DERIVED = ("embeddings.position_ids", "embeddings.token_type_ids")
 # entries of config.json that are read here, beside those that a file has
 ENTRIES = (
     "attention_dilation", "attention_mode", "attention_probs_dropout_prob", "attention_type", "attention_window",
-    "block_size", "classifier_dropout", "conv_kernel_size", "hidden_act", "hidden_dropout_prob", "hidden_size",
-    "id2label", "intermediate_size", "label2id", "layer_norm_eps", "max_global_tokens", "max_position_embeddings",
-    "model_type", "num_attention_heads", "num_hidden_layers", "num_labels", "num_landmarks", "num_random_blocks",
-    "pad_token_id", "rescale_embeddings", "segment_means_seq_len", "sep_token_id", "type_vocab_size", "use_bias",
-    "vocab_size",
+    "block_size", "bos_token_id", "classifier_dropout", "conv_kernel_size", "eos_token_id", "hidden_act",
+    "hidden_dropout_prob", "hidden_size", "id2label", "intermediate_size", "label2id", "layer_norm_eps",
+    "max_global_tokens", "max_position_embeddings", "model_type", "num_attention_heads", "num_hidden_layers",
+    "num_labels", "num_landmarks", "num_random_blocks", "pad_token_id", "rescale_embeddings", "segment_means_seq_len",
+    "sep_token_id", "type_vocab_size", "use_bias", "vocab_size",
 )  # fmt: skip
 # allenai/longformer, longformer/longformer.py: those that compute what the published model does, and the others
 WINDOW_MODES, OTHER_MODES = ("tvm", "sliding_chunks"), ("sliding_chunks_no_overlap", "n2")
@@ -141,7 +141,8 @@ def _attention(kind, config, compat):
             raise PretrainedError(f"attention_window has {odd[0]}: it counts both sides and must be even, above 0")
         one_sided = [window // 2 for window in windows]
         dilation = config.get("attention_dilation", 1)
-        return partial(SlidingWindowAttention, window=one_sided, dilation=dilation, bias=True, global_tokens=True)
+        options = {"window": one_sided, "dilation": dilation, "dropout": config["attention_probs_dropout_prob"]}
+        return partial(SlidingWindowAttention, **options, bias=True, global_tokens=True)
     if kind == "big_bird" and config["attention_type"] == "block_sparse":
         return partial(
             BlockSparseAttention,

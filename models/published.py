@@ -55,6 +55,8 @@ class PublishedModel(AttentionControl, nn.Module):
         PretrainedError where the source is no model.
         """
         config = dict(options.get("config") or {})
+        if options.get("source") is None:
+            refuse_unknown_entries(config, {})
         if "model_type" not in config and options.get("source") is not None:
             found = published_config(read_config(folder_of(options["source"])))
             refuse_unknown_entries(config, found)

@@ -1,0 +1,150 @@
+"""Models by published configurations as they are trained: what begins where, what learns, what comes out."""
+
+import json
+
+import pytest
+import torch
+
+from models.errors import PretrainedError
+from models.pretrained import load_pretrained, save_pretrained
+from models.published import PublishedModel
+
+ROBERTA = {
+    "model_type": "roberta", "vocab_size": 40, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "intermediate_size": 20, "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    "max_position_embeddings": 22, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1, "bos_token_id": 0,
+    "eos_token_id": 2,
+}  # fmt: skip
+LONGFORMER = {**ROBERTA, "model_type": "longformer", "attention_window": 4}
+IDS = torch.randint(3, 40, (2, 17), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder with a Longformer and a tokenizer file."""
+    torch.manual_seed(0)
+    model = PublishedModel(config=LONGFORMER).model
+    folder = tmp_path / "source"
+    save_pretrained(model, folder)
+    (folder / "vocab.json").write_text("{}")
+    return folder
+
+
+def learn(model, *, steps=3):
+    """Some updates on noise by torch's own AdamW without decay."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(IDS).logsumexp(dim=-1).sum().backward()
+        optimizer.step()
+
+
+def test_begins_with_the_weights_of_its_source(source):
+    model = PublishedModel(config={}, source=str(source)).eval()
+    expected = load_pretrained(source)(IDS)
+    assert not torch.allclose(model(IDS), expected)  # built without reading them: a shape is all that is asked for
+    model.load_source()
+    assert torch.equal(model(IDS), expected)
+    assert (model.vocab_size, model.max_positions) == (40, 20)
+
+
+def test_without_a_source_there_is_nothing_to_begin_with():
+    model = PublishedModel(config=ROBERTA)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_source()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_its_configuration_outlives_its_source(source):
+    node = PublishedModel.complete({"config": {"attention_window": [2, 6]}, "source": str(source)})
+    assert node["config"]["attention_window"] == [2, 6] and node["config"]["hidden_size"] == 12
+    for file in source.iterdir():
+        file.unlink()
+    assert PublishedModel.complete(node) == node
+    model = PublishedModel(**node)
+    assert [pattern.window for pattern in model.attention_patterns()] == [(1,) * 3, (3,) * 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": {}, "source": "/nowhere"}, "is no folder with config.json"),
+        ({"config": {}}, "model_type is None"),
+        ({"config": {"hidden_sizes": 3}}, "did you mean hidden_size"),
+    ],
+)
+def test_wrong_settings_are_refused(source, options, message):
+    if "hidden_sizes" in options["config"]:
+        options = {**options, "source": str(source)}
+    with pytest.raises(PretrainedError, match=message):
+        PublishedModel(**options)
+
+
+def test_what_the_loss_does_not_reach_is_not_trained(source):
+    model = PublishedModel(config={}, source=str(source))
+    model(IDS).sum().backward()
+    for name, parameter in model.named_parameters():
+        reached = parameter.grad is not None
+        assert reached == parameter.requires_grad == ("global" not in name), name
+
+
+def test_only_new_position_rows_learn():
+    model = PublishedModel(config=LONGFORMER, train="positions", first_position=8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    learn(model)
+    for name, tensor in model.state_dict().items():
+        changed = (tensor != before[name]).flatten(1).any(dim=1) if tensor.dim() > 1 else tensor != before[name]
+        if name == "model.encoder.position.weight":
+            # two reserved rows, eight old ones; the text has 17 tokens
+            assert changed.nonzero().flatten().tolist() == list(range(10, 19))
+        else:
+            assert not changed.any(), name
+
+
+def test_first_position_must_lie_in_the_table():
+    with pytest.raises(ValueError, match="first_position is 20, it must be at least 0 and below the table's 20"):
+        PublishedModel(config=LONGFORMER, train="positions", first_position=20)
+
+
+def test_export_is_a_folder_that_loads_with_global_copies_of_the_local_weights(source, tmp_path):
+    model = PublishedModel(config={}, source=str(source))
+    model.load_source()
+    learn(model)
+    model.export(tmp_path / "out", tokenizer=source)
+    loaded = load_pretrained(tmp_path / "out")
+    assert torch.equal(loaded(IDS), model.eval()(IDS))
+    attention = loaded.encoder.layers[1].attention
+    query, key, value = attention.qkv.weight.chunk(3)
+    assert torch.equal(attention.query_global.weight, query)
+    assert torch.equal(attention.key_value_global.weight, torch.cat([key, value]))
+    assert (tmp_path / "out" / "vocab.json").exists()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LongformerForMaskedLM"]
+
+
+def test_attention_is_changed_between_phases():
+    model = PublishedModel(config=LONGFORMER)
+    model.set_attention(window=[3, 5])
+    assert [pattern.window[0] for pattern in model.attention_patterns()] == [3, 5]
+    with pytest.raises(ValueError, match="unknown attention option windw, did you mean window"):
+        model.set_attention(windw=3)
+    dense = PublishedModel(config=ROBERTA)
+    assert dense.attention_patterns() == []
+    dense.set_attention()
+    with pytest.raises(ValueError, match="window: this model's attention has no options that a phase can change"):
+        dense.set_attention(window=3)
+
+
+def test_dropout_of_the_configuration_reaches_the_attention():
+    model = PublishedModel(config={**LONGFORMER, "attention_probs_dropout_prob": 0.25})
+    assert [layer.dropout for layer in model.attention_layers()] == [0.25, 0.25]
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    gradients = []
+    for recomputed in (False, True):
+        torch.manual_seed(1)
+        model = PublishedModel(config=LONGFORMER, checkpoint_activations=recomputed).train()
+        model(IDS).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.allclose(gradients[0][name], gradients[1][name], rtol=1e-5, atol=1e-6) for name in gradients[0])

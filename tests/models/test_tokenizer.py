@@ -1,0 +1,108 @@
+"""Tokenizers from a checkpoint's own files: the kinds there are, what a task asks of them, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from models.errors import PretrainedError
+from models.tokenizer import load_tokenizer
+from tests.corpus import SPECIALS, write_tokenizer
+
+TEXT = "Paris is the capital of France."
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("bpe"))
+
+
+@pytest.fixture
+def wordpiece(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "par", "##is", "is", "the", "capital", "of", "france", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    return tmp_path
+
+
+def test_byte_level_vocabulary_of_roberta(bpe):
+    tokenizer = load_tokenizer(bpe)
+    assert (tokenizer.cls_id, tokenizer.pad_id, tokenizer.sep_id, tokenizer.mask_id) == (0, 1, 2, 4)
+    assert tokenizer.special_ids == [0, 1, 2, 3, 4] and tokenizer.vocab_size == 320
+    (ids,) = tokenizer.encode([TEXT])
+    assert tokenizer.decode(ids) == TEXT and not set(ids) & set(tokenizer.special_ids)
+    assert tokenizer.encode([]) == []
+
+
+def test_word_pieces_of_bert(wordpiece):
+    tokenizer = load_tokenizer(wordpiece)
+    assert (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id) == (2, 3, 0, 4)
+    assert tokenizer.encode([TEXT]) == [[5, 6, 7, 8, 9, 10, 11, 12]]
+    starts = tokenizer.word_starts()
+    assert starts.dtype == np.bool_ and starts.tolist() == [place != 6 for place in range(13)]
+
+
+def test_capital_letters_stay_where_the_folder_says_so(wordpiece):
+    (wordpiece / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
+    assert load_tokenizer(wordpiece).encode(["Paris is"]) == [[1, 7]]
+
+
+def test_one_file_with_everything(bpe, tmp_path):
+    load_tokenizer(bpe).fast.save_pretrained(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode([TEXT]) == load_tokenizer(bpe).encode([TEXT])
+    assert tokenizer.digest == load_tokenizer(bpe).digest
+
+
+def test_a_mask_in_a_text_is_the_tokenizers_own(bpe, wordpiece):
+    for folder in (bpe, wordpiece):
+        tokenizer = load_tokenizer(folder)
+        (ids,) = tokenizer.encode(["Paris is the <mask> of France."])
+        assert ids.count(tokenizer.mask_id) == 1
+
+
+def test_word_starts_of_byte_level_tokens(bpe):
+    tokenizer = load_tokenizer(bpe)
+    starts = tokenizer.word_starts()
+    (ids,) = tokenizer.encode([" Paris lies in France"])
+    words = "".join(" |" + tokenizer.decode([i]).strip() if starts[i] else tokenizer.decode([i]) for i in ids)
+    assert words == " |Paris |lies |in |France"
+    assert not starts[: len(SPECIALS)].any()
+
+
+def test_words_with_their_places(bpe, wordpiece):
+    for folder, text in ((bpe, "Paris lies in France"), (wordpiece, "Paris is the capital")):
+        tokenizer = load_tokenizer(folder)
+        words = tokenizer.words(text)
+        assert [text[start:end].strip() for _, start, end in words] == text.split()
+        (ids,) = tokenizer.encode([text])
+        starts = [place for place, _, _ in words]
+        assert starts[0] == 1 and starts == sorted(set(starts)) and starts[-1] <= len(ids)
+
+
+def test_digest_changes_with_the_vocabulary(bpe, tmp_path):
+    other = write_tokenizer(tmp_path, vocab_size=300)
+    assert load_tokenizer(bpe).digest != load_tokenizer(other).digest
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path, wordpiece):
+    with pytest.raises(PretrainedError, match="is no folder with tokenizer files"):
+        load_tokenizer(tmp_path / "missing")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(PretrainedError, match="neither tokenizer.json, nor vocab.json with merges.txt, nor vocab.txt"):
+        load_tokenizer(empty)
+    (empty / "spiece.model").write_bytes(b"x")
+    with pytest.raises(PretrainedError, match="SentencePiece model but no tokenizer.json"):
+        load_tokenizer(empty)
+    (empty / "tokenizer.json").write_text("{")
+    with pytest.raises(PretrainedError, match="cannot be read"):
+        load_tokenizer(empty)
+
+
+def test_the_published_vocabulary(data_file):
+    tokenizer = load_tokenizer(data_file("tokenizers/roberta-base/vocab.json").parent)
+    assert tokenizer.vocab_size == 50265 and tokenizer.mask_id == 50264
+    # the ids that transformers documents for RoBERTa
+    assert tokenizer.encode(["Hello world", " Hello world"]) == [[31414, 232], [20920, 232]]

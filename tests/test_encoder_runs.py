@@ -1,0 +1,211 @@
+"""Encoders from the command line: trained, resumed, scored, asked, handed on to transformers and back."""
+
+import json
+
+import pytest
+import torch
+
+import predict
+from configs.compose import compose_config
+from models.pretrained import load_pretrained
+from tests.command import Finished, metrics_of, phases, run_eval, run_train
+from tests.command import _run as run
+from tests.corpus import write_corpus, write_tokenizer
+from tests.helpers import run_python
+
+QUIET = ("tracker.wandb.mode=disabled", "tracker.tensorboard=false", "device=cpu", "precision=fp32")
+SMALL = ("model.config.hidden_size=16", "model.config.intermediate_size=24", "model.config.vocab_size=330")
+STEPS = {"seq_len": 32, "batch_size": 4, "steps": 6, "lr": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Overrides that name a corpus and its cache, and the folder of its tokenizer."""
+    folder = tmp_path_factory.mktemp("corpus")
+    tokenizer = write_tokenizer(folder)
+    data = [f"data.path={write_corpus(folder)}", f"data.cache_dir={folder / 'cache'}", "task.holdout=0.1"]
+    return data, tokenizer
+
+
+def small(given, *more, steps=STEPS) -> list[str]:
+    data, tokenizer = given
+    shape = (*SMALL, *phases(steps), "eval.context=32", "train.log_every=1")
+    return ["experiment=mlm_cpu", *data, f"task.tokenizer={tokenizer}", *shape, *QUIET, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(given, tmp_path_factory):
+    """The folder of a run that has ended, and how it did."""
+    folder = tmp_path_factory.mktemp("runs")
+    return folder / "run", run_train(*small(given, f"run_dir={folder / 'run'}"), cwd=folder)
+
+
+def run_predict(*arguments, cwd) -> Finished:
+    return run("predict", predict.main, arguments, cwd)
+
+
+def test_a_run_ends_with_its_score_and_a_folder(finished):
+    path, ended = finished
+    assert ended.code == 0, ended.err
+    result = json.loads((path / "result.json").read_text())
+    assert result["task"] == "masked_lm" and result["num_tokens"] > 0
+    assert result["bits_per_token"] > 0 and set(result["baselines"]) == {"unigram"}
+    assert f"the model as transformers loads it: {path / 'pretrained'}" in ended.out
+    assert "masked tokens" in ended.out and "<mask>" in ended.out
+    page = (path / "report.html").read_text()
+    assert "bits per masked token" in page and "masked tokens scored" in page
+    lines = [line for line in metrics_of(path) if "train/loss" in line]
+    assert len(lines) == 6 and {"train/bits_per_token", "train/accuracy"} <= set(lines[0])
+    again = run_train(*compose_again(path), cwd=path.parent)
+    assert again.code == 0 and again.out.startswith("finished already")
+
+
+def compose_again(path):
+    return [line for line in (path / "overrides.txt").read_text().splitlines() if line]
+
+
+def test_transformers_loads_the_folder_with_the_same_outputs(finished):
+    transformers = pytest.importorskip("transformers")
+    path, _ = finished
+    theirs = transformers.RobertaForMaskedLM.from_pretrained(path / "pretrained").eval()
+    ids = torch.randint(5, 300, (2, 19))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert torch.allclose(load_pretrained(path / "pretrained")(ids), expected, atol=1e-5)
+    assert (path / "pretrained" / "vocab.json").exists()
+
+
+def test_score_of_the_folder_is_that_of_the_run(finished, given):
+    path, _ = finished
+    data, _ = given
+    ended = run_eval(f"checkpoint={path / 'pretrained'}", "task=masked_lm", *data, "context=32", "device=cpu", cwd=path)
+    assert ended.code == 0, ended.err
+    scores = json.loads((path / "pretrained" / "eval" / "test-step-0.json").read_text())
+    result = json.loads((path / "result.json").read_text())
+    assert scores["bits_per_token"] == pytest.approx(result["bits_per_token"], rel=1e-6)
+    without = run_eval(f"checkpoint={path / 'pretrained'}", *data[:2], cwd=path)
+    assert without.code == 2 and "say what it is scored in, as task=masked_lm" in without.err
+    both = run_eval(f"run_dir={path}", "task=masked_lm", "task.tokenizer=x", cwd=path)
+    assert both.code == 2 and "task is the run's own" in both.err
+
+
+@pytest.mark.parametrize("source", ["run_dir={path}", "checkpoint={path}/pretrained"])
+def test_masks_are_filled_from_a_run_and_from_a_folder(finished, tmp_path, source):
+    path, _ = finished
+    where = source.format(path=path)
+    shown = run_predict(where, "prompt=Paris is the <mask> of <mask>.", "device=cpu", cwd=tmp_path)
+    assert shown.code == 0, shown.err
+    assert "mask 1: " in shown.out and "mask 2: " in shown.out
+    (tmp_path / "texts.jsonl").write_text('{"text": "Rome <mask>."}\n{"text": "<mask> lies in Italy."}\n')
+    rows = run_predict(where, f"input={tmp_path / 'texts.jsonl'}", "output=out.jsonl", "device=cpu", cwd=tmp_path)
+    assert rows.code == 0, rows.err
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in written] == ["Rome <mask>.", "<mask> lies in Italy."]
+    assert all({"filled", "masks", "input"} <= set(row) for row in written)
+    empty = run_predict(where, "prompt=Paris.", "device=cpu", cwd=tmp_path)
+    assert empty.code == 3 and "there is nothing to fill" in empty.err
+
+
+def test_a_stopped_run_goes_on_to_the_same_numbers(given, tmp_path):
+    def stopping(cfg):
+        import train
+        from training.session import Session
+
+        saved = Session.compute_gradients
+
+        def compute(self, *arguments):
+            if self.state["step"] == 4:
+                raise KeyboardInterrupt
+            return saved(self, *arguments)
+
+        Session.compute_gradients = compute
+        try:
+            train.main(cfg)
+        finally:
+            Session.compute_gradients = saved
+
+    extra = ("train.checkpoint_every=2", "model.config.hidden_dropout_prob=0.1")
+    whole = run_train(*small(given, *extra, f"run_dir={tmp_path / 'whole'}"), cwd=tmp_path)
+    assert whole.code == 0, whole.err
+    cut = run_train(*small(given, *extra, f"run_dir={tmp_path / 'cut'}"), cwd=tmp_path, job=stopping)
+    assert cut.code == 130
+    resumed = run_train(*small(given, *extra, f"run_dir={tmp_path / 'cut'}"), cwd=tmp_path)
+    assert resumed.code == 0, resumed.err
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
+
+
+def test_on_from_a_converted_folder(finished, given, tmp_path):
+    from models.convert import convert
+
+    path, _ = finished
+    data, _ = given
+    convert(path / "pretrained", tmp_path / "long", to="longformer", max_positions=512, window=16)
+    shape = (*phases({**STEPS, "seq_len": 128}), "eval.context=128", "eval.valid_share=1", "train.eval_every=3")
+    more = ("experiment=longformer_mlm", f"model.source={tmp_path / 'long'}", *data, *shape, *QUIET)
+    ended = run_train(*more, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    config = json.loads((tmp_path / "run" / "pretrained" / "config.json").read_text())
+    assert config["model_type"] == "longformer" and config["attention_window"] == [32] * 4
+    saved = compose_config(list(more)).model.config
+    assert saved.model_type == "longformer" and saved.vocab_size == 330
+    # only new rows of the table learn
+    only = run_train(*more, "model.train=positions", "model.first_position=128", "schedule.phases.0.seq_len=256",
+                     f"run_dir={tmp_path / 'only'}", cwd=tmp_path)  # fmt: skip
+    assert only.code == 0, only.err
+    before, after = (
+        load_pretrained(tmp_path / "long").state_dict(),
+        load_pretrained(tmp_path / "only/pretrained").state_dict(),
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"encoder.position.weight"}
+    rows = (before["encoder.position.weight"] != after["encoder.position.weight"]).any(dim=1).nonzero().flatten()
+    assert rows.min() == 130 and rows.max() <= 257
+
+
+def test_nystromformer_learns_the_order_of_segments(given, tmp_path):
+    data, tokenizer = given
+    shape = (*SMALL, "model.config.num_attention_heads=2", "model.config.num_hidden_layers=2")
+    shape = (*shape, "model.config.segment_means_seq_len=64", "model.config.num_landmarks=8")
+    more = (*phases({**STEPS, "seq_len": 64}), "eval.context=64", "train.log_every=1")
+    ended = run_train("experiment=nystromformer_mlm", *data, f"task.tokenizer={tokenizer}", *shape, *more, *QUIET,
+                      f"run_dir={tmp_path / 'run'}", cwd=tmp_path)  # fmt: skip
+    assert ended.code == 0, ended.err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 0 <= result["order_accuracy"] <= 1 and result["order_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ("eval.context=200", 2, "eval.context is 200, the position table of this model has 128 rows"),
+        (
+            "schedule.phases.0.seq_len=129",
+            2,
+            "schedule.phases.0.seq_len is 129, the position table of this model has 128",
+        ),
+        ("model.config.vocab_size=300", 2, "model.vocab_size is 300, the data needs at least 320"),
+        ("model.config.hidden_sizes=3", 4, "config.json has no entry hidden_sizes, did you mean hidden_size?"),
+        ("data.path=/nowhere.jsonl", 3, "/nowhere.jsonl"),
+        ("data.path=null", 3, "data.path is missing"),
+        ("task.tokenizer=/nowhere", 4, "/nowhere is no folder with tokenizer files"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_starts(given, tmp_path, change, code, message):
+    ended = run_train(*small(given, change, f"run_dir={tmp_path / 'run'}"), cwd=tmp_path)
+    assert (ended.code, message in ended.err) == (code, True), ended.err
+    assert not (tmp_path / "run").exists() and "Traceback" not in ended.err
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_give_the_losses_of_one(given, tmp_path):
+    alone = run_train(*small(given, f"run_dir={tmp_path / 'alone'}"), cwd=tmp_path)
+    assert alone.code == 0, alone.err
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py")
+    ended = run_python(*command, *small(given, f"run_dir={tmp_path / 'both'}"), OMP_NUM_THREADS="1")
+    assert ended.returncode == 0, ended.stderr
+    one, two = (
+        [line["train/loss"] for line in metrics_of(tmp_path / name) if "train/loss" in line]
+        for name in ("alone", "both")
+    )
+    assert two == pytest.approx(one, rel=1e-5)
