@@ -9,14 +9,18 @@
 #
 #   PYTHON=python3     use this interpreter as it is and skip all set-up
 #   TORCH_INDEX=URL    one more package index, for PyTorch builds without CUDA
-#   ARGS="..."         handed to the command
+#   ARGS="..."         handed to the command; of bench and gpu to benchmarks.attention
+#   MODELS="..."       of bench and gpu, handed to benchmarks.models
 
 VENV ?= .venv
 ARGS ?=
+MODELS ?=
 TORCH_INDEX ?=
 TEST_WORKERS ?= 2
 # seconds after which `make gpu` begins no other case of the benchmark: all of it stays under ten minutes
 GPU_BUDGET ?= 300
+# the same of whole encoders, after it
+MODELS_BUDGET ?= 100
 INSTALLED := $(VENV)/.installed
 # the pair the lock is compiled for
 LOCK_TORCH := torch==2.13.0 triton==3.7.1
@@ -56,6 +60,7 @@ bench: KEPT = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 bench: $(SETUP)
 	$(RUN) -m benchmarks.attention $(ARGS)
 	$(KEPT) $(RUN) -m benchmarks.attention --output benchmarks/results/attention_cpu_memory_kept.csv $(ARGS)
+	$(RUN) -m benchmarks.models $(MODELS)
 
 # correctness first: where it fails nothing is timed. The files that hold GPU tests, by name: a GPU machine with a torch of
 # its own may lack what others import
@@ -64,6 +69,8 @@ gpu: $(SETUP)
 	$(RUN) -m pytest -m gpu $$(grep -rl --include='test_*.py' 'mark\.gpu' tests)
 	$(RUN) -m benchmarks.attention --device cuda --budget $(GPU_BUDGET) \
 	  $(if $(OUT),--output "$(OUT)/attention_cuda.csv") $(ARGS)
+	$(RUN) -m benchmarks.models --device cuda --budget $(MODELS_BUDGET) \
+	  $(if $(OUT),--output "$(OUT)/models_cuda.csv") $(MODELS)
 
 $(INSTALLED): requirements.lock constraints.txt
 	@for python in python3 python3.13 python3.12 python3.11; do \

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
 
 import torch
 
@@ -9,7 +11,7 @@ from kernels.window_attention import global_positions, global_rows_attention, wi
 
 FORWARD, BOTH = "forward", "forward+backward"
 OURS, LONGFORMER, DENSE, FLEX = "ours", "transformers Longformer", "dense SDPA", "compiled FlexAttention"
-BIGBIRD, NYSTROMFORMER = "transformers BigBird", "transformers Nyströmformer"
+BIGBIRD, NYSTROMFORMER, ROBERTA = "transformers BigBird", "transformers Nyströmformer", "transformers RoBERTa"
 
 
 @dataclass(frozen=True)
@@ -77,3 +79,15 @@ def make_call(
     wanted = [*inputs, *parameters]
     gradient = torch.randn_like(inputs[0]) if gradient is None else gradient
     return lambda: torch.autograd.grad(function(*inputs), wanted, gradient)
+
+
+def matching(cases: Iterable[Any], patterns: str) -> list[Any]:
+    """The cases whose `name` matches one of the comma-separated patterns (* and ?), in their order.
+
+    ValueError where a pattern matches none.
+    """
+    cases, wanted = list(cases), patterns.split(",")
+    for pattern in wanted:
+        if not any(fnmatch(case.name, pattern) for case in cases):
+            raise ValueError(f"no case matches {pattern!r} (cases: {', '.join(case.name for case in cases)})")
+    return [case for case in cases if any(fnmatch(case.name, pattern) for pattern in wanted)]

@@ -1,8 +1,7 @@
 """What is measured on a GPU: the cases of all mechanisms, in the order of their weight."""
 
-from fnmatch import fnmatch
-
 from benchmarks import gpu_block_sparse, gpu_nystrom, gpu_window
+from benchmarks.cases import matching
 from benchmarks.gpu_case import Case
 
 # one of each kind of work, and what targets hang on; the others follow, mechanism by mechanism
@@ -29,8 +28,4 @@ def chosen(patterns: str | None, *, is_quick: bool = False) -> list[Case]:
     """
     if patterns is None:
         return [case for case in CASES if not is_quick or case.name in QUICK_NAMES]
-    wanted = patterns.split(",")
-    for pattern in wanted:
-        if not any(fnmatch(case.name, pattern) for case in CASES):
-            raise ValueError(f"no case matches {pattern!r} (cases: {', '.join(case.name for case in CASES)})")
-    return [case for case in CASES if any(fnmatch(case.name, pattern) for pattern in wanted)]
+    return matching(CASES, patterns)

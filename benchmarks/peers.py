@@ -150,6 +150,33 @@ class FirstOutput(torch.nn.Module):
         return self.attention(x)[0]
 
 
+def whole_encoder(model_type: str, config: dict[str, Any]) -> "LastStates":
+    """Hugging Face's model with its initial weights, without pooler: input_ids [B, T] -> [B, T, dim].
+
+    config: entries of its config.json other than their defaults.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    name = {"longformer": "Longformer", "big_bird": "BigBird", "nystromformer": "Nystromformer", "roberta": "Roberta"}
+    parts = [getattr(transformers, f"{name[model_type]}{part}") for part in ("Config", "Model")]
+    options = {} if model_type == "nystromformer" else {"add_pooling_layer": False}  # it has none
+    return LastStates(parts[1](parts[0](**config), **options))
+
+
+class LastStates(torch.nn.Module):
+    """The last layer's states of a whole model, for texts without padding."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, input_ids: torch.Tensor, *, is_global: torch.Tensor | None = None) -> torch.Tensor:
+        """input_ids [B, T], is_global [B, T] bool for a model that has global tokens -> [B, T, dim]."""
+        options = {} if is_global is None else {"global_attention_mask": is_global.long()}
+        return self.model(input_ids, **options)[0]
+
+
 def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attention to every key, by the backend that PyTorch takes."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))

@@ -110,7 +110,7 @@ def synchronize(device: str) -> None:
 class Row:
     """One measured figure. Fields that do not apply stay None and are empty in the CSV."""
 
-    table: str  # module, kernel or scaling; on a GPU window, global rows or module
+    table: str  # module, kernel, scaling or encoder; on a GPU window, global rows, module or encoder
     contender: str
     passes: str  # forward or forward+backward
     batch: int
@@ -137,7 +137,7 @@ class Row:
     memory_slope: float | None = None  # of log extra memory over log length, from the shortest to the longest
     largest_tensor: int | None = None  # elements of the largest storage made
     largest_share: float | None = None  # the same over T * T; in a slope's row at its worst over the lengths
-    case: str | None = None  # name in `benchmarks.gpu_cases`, as the fields below of rows from a GPU
+    case: str | None = None  # in `gpu_cases`, as the fields below of rows from a GPU; of encoders in `encoders`
     num_kv_heads: int | None = None
     dilation: int | None = None
     causal: bool | None = None
@@ -154,6 +154,9 @@ class Row:
     reference_error: float | None = None  # from the float64 reference on slices, relative rms, the worst tensor's
     needed_bytes: int | None = None  # tensors that must exist: inputs, output, log-sum-exp, their gradients
     memory_over_needed: float | None = None  # peak with the inputs over that
+    num_layers: int | None = None  # of a whole encoder, as the two fields below
+    weight_bytes: int | None = None  # of its parameters, which were there before the call
+    max_memory_ratio: float | None = None  # the largest memory_ratio that is wanted
     note: str | None = None
 
     def time(self, seconds: np.ndarray) -> "Row":

@@ -34,6 +34,7 @@ RANGES = {
     "schedule.cap.seq_len": (1, None),
     "schedule.cap.batch_size": (1, None),
     "schedule.cap.window": (0, None),
+    "schedule.cap.dim": (1, None),
     "train.log_every": (1, None),
     "train.eval_every": (1, None),
     "train.checkpoint_every": (1, None),

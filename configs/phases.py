@@ -56,12 +56,25 @@ def cap_window(window: Any, limit: int | None) -> Any:
 
 
 def build_model(cfg: DictConfig):
-    """The model of a run, its window under `schedule.cap.window` too."""
+    """The model of a run, its window and width under `schedule.cap` too."""
     node: Any = OmegaConf.to_container(cfg.model, resolve=True)
     attention = node.get("attention")
     if isinstance(attention, dict) and "window" in attention:
         attention["window"] = cap_window(attention["window"], cfg.schedule.cap.window)
+    if cfg.schedule.cap.dim is not None:
+        _narrow(node, cfg.schedule.cap.dim)
     return build(node, "model")
+
+
+def _narrow(node: dict, limit: int) -> None:
+    """Cut the width of a model to `limit`, rounded up to a multiple of its heads; in proportion the layer between."""
+    config = node.get("config")
+    if isinstance(config, dict) and node.get("source") is None and limit < config["hidden_size"]:
+        heads, width = config["num_attention_heads"], config["hidden_size"]
+        config["hidden_size"] = -(-limit // heads) * heads
+        config["intermediate_size"] = config["intermediate_size"] * config["hidden_size"] // width
+    elif isinstance(node.get("dim"), int):
+        node["dim"] = min(node["dim"], limit)
 
 
 def set_phase_attention(model, phases: list[PhaseConfig], index: int) -> None:

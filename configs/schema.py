@@ -59,12 +59,16 @@ class PhaseConfig:
 
 @dataclass
 class CapConfig:
-    """Upper limits laid over every phase, so that one file shrinks any experiment."""
+    """Upper limits laid over every phase and over the model, so that one file shrinks any experiment.
+
+    `dim` leaves a model alone whose weights come from elsewhere, and every head some width.
+    """
 
     steps: int | None = None
     seq_len: int | None = None
     batch_size: int | None = None
     window: int | None = None
+    dim: int | None = None
 
 
 @dataclass

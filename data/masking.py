@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -85,18 +85,19 @@ class MaskedBatch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor, of those there are."""
+        return {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, torch.Tensor)}
+
     def split(self, rows: int) -> list[MaskedBatch]:
         """Batches of `rows` rows each, the last maybe of fewer."""
-        parts = [[None] * -(-len(self) // rows) if part is None else part.split(rows) for part in self._tensors()]
-        return [MaskedBatch(*pieces) for pieces in zip(*parts, strict=True)]
+        parts = {name: tensor.split(rows) for name, tensor in self.tensors().items()}
+        return [MaskedBatch(**dict(zip(parts, pieces, strict=True))) for pieces in zip(*parts.values(), strict=True)]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MaskedBatch:
         """The same batch on a device."""
-        moved = [part if part is None else part.to(device, non_blocking=non_blocking) for part in self._tensors()]
-        return MaskedBatch(*moved, num_targets=self.num_targets)  # type: ignore[arg-type]
-
-    def _tensors(self) -> list[torch.Tensor | None]:
-        return [getattr(self, field.name) for field in fields(self) if field.name != "num_targets"]
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors().items()}
+        return MaskedBatch(**moved, num_targets=self.num_targets)
 
 
 def mask_tokens(ids: np.ndarray, *, draws: np.ndarray, masking: Masking) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -116,10 +117,9 @@ def mask_tokens(ids: np.ndarray, *, draws: np.ndarray, masking: Masking) -> tupl
     if masking.word_start is None:
         positions = np.sort(places[np.argsort(which[places], kind="stable")[:num_positions]])
     else:
-        starts = masking.word_start[input_ids] | ~maskable
-        # what follows a special token begins a word, whatever its id
-        starts[1:] |= ~maskable[:-1]
-        positions = _whole_words(places, np.cumsum(starts)[places], which, num_positions)
+        # counted too, a special token parts what stands on its sides
+        word_of = np.cumsum(masking.word_start[input_ids] | ~maskable)
+        positions = _whole_words(places, word_of[places], which, num_positions)
     targets = input_ids[positions]
     share = what[positions] / 2.0**64
     is_random = (share >= masking.keep) & (share < masking.keep + masking.random)

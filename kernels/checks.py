@@ -49,6 +49,24 @@ def check_shapes(query, key, value, valid, name: str = "query") -> None:
         raise ValueError(f"{name}, key and value are {query.dtype}, they must be float64, float32, float16 or bfloat16")
 
 
+def check_dropout(dropout: float, dropout_seed: torch.Tensor | None, query: torch.Tensor) -> None:
+    """ValueError where dropout is outside of [0, 1), or not 0 without an int64 seed of one element beside query."""
+    if dropout == 0.0:
+        return
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}, it must be at least 0 and below 1")
+    if dropout_seed is None:
+        raise ValueError(f"dropout is {dropout}, it needs a dropout_seed: int64 of one element")
+    if not isinstance(dropout_seed, torch.Tensor):
+        raise ValueError(f"dropout_seed must be an int64 tensor of one element, got {type(dropout_seed).__name__}")
+    if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
+        raise ValueError(
+            f"dropout_seed must be int64 of one element, got {dropout_seed.dtype} {tuple(dropout_seed.shape)}"
+        )
+    if dropout_seed.device != query.device:
+        raise ValueError(f"dropout_seed is on {dropout_seed.device}, the other tensors are on {query.device}")
+
+
 def empty_result(query: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     """Zeros shaped as query, the result where there is no query or no key, with zero gradients of every input."""
     return torch.zeros_like(query) + sum(tensor[:0].sum() for tensor in (query, *others))

@@ -110,7 +110,7 @@ class Encoder(nn.Module):
         x = self.embed(input_ids, token_type_ids, position_ids)
         global_index = None
         if is_global is not None:
-            global_index = global_positions(is_global, valid, min(self.max_global_tokens, input_ids.shape[1]))
+            global_index = global_positions(is_global, valid, self._global_capacity(is_global, input_ids.shape[1]))
         for layer in self.layers:
             if self.checkpoint_activations and self.training:
                 x = checkpoint(layer, x, valid=valid, global_index=global_index, use_reentrant=False)
@@ -118,7 +118,20 @@ class Encoder(nn.Module):
                 x = layer(x, valid=valid, global_index=global_index)
         if self.pre_norm:
             x = self.norm(x)
-        return x if logit_positions is None else x.take_along_dim(logit_positions[..., None], dim=1)
+        if logit_positions is None:
+            return x
+        # take_along_dim would do, but makes a compiler take all sizes for constants
+        return x.gather(1, logit_positions[..., None].expand(-1, -1, x.shape[2]))
+
+    def _global_capacity(self, is_global, seq_len):
+        """Length of the lists of global tokens: on a CPU, where reading waits for nothing, as many as there are."""
+        if torch.compiler.is_compiling():  # where a minimum would tell short texts from long ones
+            return self.max_global_tokens
+        capacity = min(self.max_global_tokens, seq_len)
+        if is_global.device.type != "cpu" or not is_global.numel():
+            return capacity
+        # one at least: with none the projections of global rows would have no gradient
+        return min(capacity, max(1, int(is_global.sum(dim=-1).max())))
 
     def embed(
         self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None, position_ids: torch.Tensor | None

@@ -17,7 +17,7 @@ import train
 from configs.cli import entry
 
 # a model for which a window for every layer and head is easily written
-TINY = ("model.dim=32", "model.num_layers=2", "model.num_heads=4", "model.attention.window=8")
+TINY = ("model.dim=32", "model.num_layers=2", "model.num_heads=4", "model.attention.window=8", "schedule.cap.dim=null")
 
 
 @dataclass
@@ -36,7 +36,14 @@ def small_run(folder: Path, *, size: int = 40_000, seed: int = 0) -> list[str]:
     text = folder / f"text-{seed}.txt"
     text.write_text(" ".join(draw.choices(words, k=size // 4))[:size])
     quiet = ("tracker.wandb.mode=disabled", "tracker.tensorboard=false", "device=cpu", "precision=fp32")
-    return ["size=debug", *TINY, *quiet, f"data.path={text}", f"data.cache_dir={folder / 'cache'}"]
+    return [
+        "size=debug",
+        *TINY,
+        *quiet,
+        "task.sample_chars=10",
+        f"data.path={text}",
+        f"data.cache_dir={folder / 'cache'}",
+    ]
 
 
 def phases(*entries: dict) -> list[str]:

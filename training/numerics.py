@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 def keep_batch(run_dir: Path, batch: Any, facts: Mapping[str, Any], rank: int) -> Path:
     """Write a process's batch and `facts` (step, phase, lr, loss …) to `run_dir/nonfinite/step-N`; returns that folder.
 
-    The batch, a tensor or an object that holds some, is kept as it came from the task, in `batch-rank-R.safetensors`.
-    No room for it costs a warning.
+    The batch, a tensor or an object whose `tensors()` have names, is kept as it came from the task, in
+    `batch-rank-R.safetensors`. No room for it costs a warning.
     """
     folder = run_dir / FOLDER / f"step-{facts['step']}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        parts = {"batch": batch} if isinstance(batch, Tensor) else vars(batch)
+        parts = {"batch": batch} if isinstance(batch, Tensor) else batch.tensors()
         # cloned: rows of a larger memory would be refused by the format
         tensors = {name: part.detach().cpu().clone() for name, part in parts.items() if isinstance(part, Tensor)}
         save_file(tensors, folder / f"batch-rank-{rank}.safetensors")

@@ -8,7 +8,7 @@ import torch
 from kernels import dispatch
 from kernels.block_sparse_attention import blocked, reference
 from kernels.block_sparse_attention.pattern import BlockPattern
-from kernels.checks import check_shapes, check_tensors, empty_result, under_autocast
+from kernels.checks import check_dropout, check_shapes, check_tensors, empty_result, under_autocast
 
 KERNELS = ("block_forward", "block_query_grad", "block_key_grad")
 BLOCK_SIZES = (16, 128)  # smallest and largest that the kernels take
@@ -59,8 +59,7 @@ def block_sparse_attention(
     query, key, value = under_autocast(query, key, value)
     check_shapes(query, key, value, valid)
     _check_fit(query, key, pattern)
-    if dropout != 0.0:
-        _check_dropout(dropout, dropout_seed, query)
+    check_dropout(dropout, dropout_seed, query)
     why_not = partial(why_not_triton, block_size=pattern.block_size)
     impl = dispatch.choose_path("block_sparse_attention", impl, query, why_not)
     if query.numel() == 0:
@@ -114,18 +113,3 @@ def _check_fit(query, key, pattern):
     if num_heads != pattern.num_heads:
         raise ValueError(f"query {tuple(query.shape)} has {num_heads} heads, the pattern has {pattern.num_heads}")
     pattern.blocks_of(query.shape[1])
-
-
-def _check_dropout(dropout, dropout_seed, query):
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout is {dropout}, it must be at least 0 and below 1")
-    if dropout_seed is None:
-        raise ValueError(f"dropout is {dropout}, it needs a dropout_seed: int64 of one element")
-    if not isinstance(dropout_seed, torch.Tensor):
-        raise ValueError(f"dropout_seed must be an int64 tensor of one element, got {type(dropout_seed).__name__}")
-    if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
-        raise ValueError(
-            f"dropout_seed must be int64 of one element, got {dropout_seed.dtype} {tuple(dropout_seed.shape)}"
-        )
-    if dropout_seed.device != query.device:
-        raise ValueError(f"dropout_seed is on {dropout_seed.device}, the other tensors are on {query.device}")

@@ -7,6 +7,7 @@ import torch
 from kernels import dispatch
 from kernels.checks import (
     check_count,
+    check_dropout,
     check_flag,
     check_shapes,
     check_tensors,
@@ -14,7 +15,7 @@ from kernels.checks import (
     refuse_unbuilt,
     under_autocast,
 )
-from kernels.window_attention import blocked, reference
+from kernels.window_attention import blocked, reference, traced
 from kernels.window_attention.checks import check_global_index, check_positions
 from kernels.window_attention.pattern import WindowPattern
 
@@ -27,7 +28,7 @@ KERNELS = (
     "global_rows_key_grad",
     "global_rows_query_grad",
 )
-LACKING = ("position_query", "position_key")  # arguments that the kernels do not have
+LACKING = ("position_query", "position_key", "dropout")  # arguments that the kernels do not have
 
 
 def window_attention(
@@ -72,6 +73,9 @@ def window_attention(
         position_query, position_key: [B, T, H, D] and [H, C, D] with C = max window + 1 (causal) or 2 max window + 1:
             adds scale * position_query_i . position_key[h, c] to the score of the key at dilated step c - w_h, where
             w_h is the head's own window (Transformer-XL's relative term, arXiv 1901.02860 section 3.3).
+        dropout: probability with which a pair of query and key is dropped; the rest is divided by 1 - dropout.
+        dropout_seed: int64 of one element on the tensors' device, needed where dropout > 0: the same seed drops the
+            same pairs, by their positions as keys count them, on every path.
         impl: "auto" (the kernels on a GPU that can run them, else "blocked"; logged once), "triton", "blocked" or
             "reference"; a named path never falls back.
 
@@ -80,13 +84,11 @@ def window_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a window or query_start below 0, a dilation below 1, an
-            unknown `impl`, impl="triton" where the kernels cannot run.
+            unknown `impl`, dropout outside of [0, 1) or without a seed, impl="triton" where the kernels cannot run.
         NotImplementedError: an argument or a pair of them that has no implementation yet, by name.
     """
     refuse_unbuilt(
         "window_attention",
-        dropout=dropout or None,
-        dropout_seed=dropout_seed,
         document_start=document_start,
         document_end=document_end,
         distance_bias=distance_bias,
@@ -106,7 +108,9 @@ def window_attention(
     check_positions(position_query, position_key, query, pattern)
     if global_index is not None:
         check_global_index(global_index, query)
-    lacking = () if position_query is None else LACKING
+    check_dropout(dropout, dropout_seed, query)
+    given = {"position_query": position_query, "position_key": position_key, "dropout": dropout or None}
+    lacking = tuple(name for name in LACKING if given[name] is not None)
     impl = dispatch.choose_path("window_attention", impl, query, why_not_triton, lacking)
     if query.numel() == 0 or key.numel() == 0:
         return empty_result(query, key, value)
@@ -118,12 +122,15 @@ def window_attention(
         "global_index": global_index if global_index is not None and global_index.shape[1] else None,
         "query_start": query_start,
     }
+    if dropout:
+        options |= {"dropout": dropout, "dropout_seed": dropout_seed}
     if impl == "triton":
         from kernels.window_attention import ops
 
         return ops.window_attention(query, key, value, **options)
-    compute = reference.window_attention if impl == "reference" else blocked.window_attention
-    return compute(query, key, value, position_query=position_query, position_key=position_key, **options)
+    return _plain(impl).window_attention(
+        query, key, value, position_query=position_query, position_key=position_key, **options
+    )
 
 
 def global_rows_attention(
@@ -151,20 +158,19 @@ def global_rows_attention(
         valid: [B, S] bool, True = real. Other keys are never seen.
         causal: whether a row sees only the keys at or before its position.
         scale: factor on the scores, D ** -0.5 if None.
+        dropout, dropout_seed: as in `window_attention`, by the position of a row.
         impl: as in `window_attention`.
 
     Returns:
         [B, G, H, D] in the dtype of `query_global`, or of autocast.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an unknown `impl`, impl="triton" where the kernels
-            cannot run.
+        ValueError: shapes, dtypes or devices that do not fit, dropout outside of [0, 1) or without a seed, an unknown
+            `impl`, impl="triton" where the kernels cannot run.
         NotImplementedError: an argument that has no implementation yet, by name.
     """
     refuse_unbuilt(
         "global_rows_attention",
-        dropout=dropout or None,
-        dropout_seed=dropout_seed,
         document_start=document_start,
         document_end=document_end,
     )
@@ -174,7 +180,9 @@ def global_rows_attention(
     query_global, key, value = under_autocast(query_global, key, value)
     check_shapes(query_global, key, value, valid, name="query_global")
     check_global_index(global_index, query_global, num_rows=query_global.shape[1])
-    impl = dispatch.choose_path("global_rows_attention", impl, query_global, why_not_triton)
+    check_dropout(dropout, dropout_seed, query_global)
+    lacking = ("dropout",) if dropout else ()
+    impl = dispatch.choose_path("global_rows_attention", impl, query_global, why_not_triton, lacking)
     if query_global.numel() == 0 or key.numel() == 0:
         return empty_result(query_global, key, value)
     options = {
@@ -183,12 +191,20 @@ def global_rows_attention(
         "valid": valid,
         "causal": bool(causal),
     }
+    if dropout:
+        options |= {"dropout": dropout, "dropout_seed": dropout_seed}
     if impl == "triton":
         from kernels.window_attention import ops
 
         return ops.global_rows_attention(query_global, key, value, **options)
-    compute = reference.global_rows_attention if impl == "reference" else blocked.global_rows_attention
-    return compute(query_global, key, value, **options)
+    return _plain(impl).global_rows_attention(query_global, key, value, **options)
+
+
+def _plain(impl):
+    """The module of a path in plain PyTorch: the blocked one is an operator to a compiler."""
+    if impl == "reference":
+        return reference
+    return traced if torch.compiler.is_compiling() else blocked
 
 
 def why_not_triton(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.checks import empty_result
+from kernels.dropout import keep_mask
 
 
 class Problems(NamedTuple):
@@ -153,6 +154,44 @@ class GlobalColumns(NamedTuple):
         seen = (position >= 0)[:, None] & ~(in_class & (lag <= left) & (lag >= -right))
         # a key between two tokens of the class comes after the first of them
         return seen & (lag >= (~in_class).int()) if self.causal else seen
+
+
+class Dropout(NamedTuple):
+    """Which probabilities stay, in P = B * classes * H problems, which stand in this order.
+
+    head: int64 [H], of all `num_heads` those that are computed together. Row n of class c stands at position first_row
+    + c + n * dilation of the text, key k of it at first_key + c + k * dilation.
+    """
+
+    probability: float
+    seed: torch.Tensor
+    head: torch.Tensor
+    num_heads: int
+    first_row: int = 0
+    first_key: int = 0
+    dilation: int = 1
+    num_classes: int = 1
+
+    def kept(
+        self, problems: torch.Tensor, blocks: Blocks, first: int, last: int, position: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Bool [p, blocks, block, span] of the keys that a range of blocks touches, some of the problems by number [p].
+
+        And [p, blocks, block, G] of the global keys at `position` [B, G], if there are any.
+        """
+        device, group = problems.device, len(self.head)
+        example, own_class = problems // (self.num_classes * group), problems // group % self.num_classes
+        batch_head = (example * self.num_heads + self.head[problems % group])[:, None, None, None]
+        own_class = own_class[:, None, None, None]
+        starts = torch.arange(first, last, device=device)[:, None, None] * blocks.block  # [blocks, 1, 1]
+        steps = starts + torch.arange(blocks.block, device=device)[:, None]
+        rows = self.first_row + own_class + steps * self.dilation  # [p, blocks, block, 1]
+        steps = starts + blocks.start - blocks.left + torch.arange(blocks.span, device=device)
+        keys = self.first_key + own_class + steps * self.dilation  # [p, blocks, 1, span]
+        kept = keep_mask(self.seed, batch_head, rows, keys, self.probability)
+        if position is None:
+            return kept, None
+        return kept, keep_mask(self.seed, batch_head, rows, position[example][:, None, None], self.probability)
 
 
 class Stretches(torch.autograd.Function):

@@ -9,10 +9,10 @@ def check_global_index(global_index, query, num_rows: int | None = None) -> None
     """ValueError where global_index is not an int [B, G], G = `num_rows` if given, beside query [B, T, H, D]."""
     if not isinstance(global_index, torch.Tensor):
         raise ValueError(f"global_index must be an int tensor [B, G], got {type(global_index).__name__}")
-    expected = f"[{len(query)}, {'G' if num_rows is None else num_rows}]"
-    shape = tuple(global_index.shape)
-    if len(shape) != 2 or shape[0] != len(query) or num_rows not in (None, shape[1]):
-        raise ValueError(f"global_index must be {expected} (batch, global tokens), got {shape}")
+    fits = global_index.dim() == 2 and global_index.shape[0] == query.shape[0]
+    if not fits or (num_rows is not None and global_index.shape[1] != num_rows):
+        expected = f"[{query.shape[0]}, {'G' if num_rows is None else num_rows}]"
+        raise ValueError(f"global_index must be {expected} (batch, global tokens), got {tuple(global_index.shape)}")
     if global_index.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"global_index must be int64 or int32, got {global_index.dtype}: it holds positions, which "

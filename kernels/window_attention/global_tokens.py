@@ -28,7 +28,7 @@ def global_positions(is_global: torch.Tensor, valid: torch.Tensor | None, capaci
     # a last column, dropped afterwards, takes the tokens that are not chosen
     column = torch.where(chosen, rank, capacity).clamp(max=capacity)
     positions = torch.arange(is_global.shape[1], device=is_global.device).expand_as(column)
-    index = torch.full((len(is_global), capacity + 1), -1, device=is_global.device)
+    index = torch.full((is_global.shape[0], capacity + 1), -1, device=is_global.device)
     return index.scatter(1, column, positions)[:, :capacity].contiguous()
 
 

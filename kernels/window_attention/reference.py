@@ -2,6 +2,7 @@
 
 import torch
 
+from kernels.dropout import keep_mask
 from kernels.window_attention.global_tokens import at_real_tokens, canonical_index
 from kernels.window_attention.pattern import WindowPattern, valid_rows
 
@@ -18,6 +19,8 @@ def window_attention(
     position_query: torch.Tensor | None = None,
     position_key: torch.Tensor | None = None,
     query_start: int = 0,
+    dropout: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax over the keys `pattern` shows each query and the global ones; arguments as in `api.window_attention`.
 
@@ -43,7 +46,8 @@ def window_attention(
     rows_valid = valid_rows(valid, query_start, seq_len)
     if valid is not None and rows_valid is not None:
         seen = seen & valid[:, None, None, :] & rows_valid[:, None, :, None]  # [B, H, T, S]
-    return _average(value, scores * scale, seen)
+    rows = torch.arange(query_start, query_start + seq_len, device=query.device)
+    return _average(value, scores * scale, seen, _kept(scores, rows, dropout, dropout_seed), dropout)
 
 
 def global_rows_attention(
@@ -55,6 +59,8 @@ def global_rows_attention(
     scale: float,
     valid: torch.Tensor | None = None,
     causal: bool = False,
+    dropout: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax of each global row over all valid keys; arguments as in `api.global_rows_attention`. Memory G * S.
 
@@ -68,7 +74,8 @@ def global_rows_attention(
     if causal:
         seen = seen & (torch.arange(num_keys, device=key.device) <= global_index[:, None, :, None])
     scores = _scores(query_global, key)
-    return _average(value, scores * scale, seen.expand_as(scores))
+    kept = _kept(scores, global_index.long()[:, None], dropout, dropout_seed)
+    return _average(value, scores * scale, seen.expand_as(scores), kept, dropout)
 
 
 def _scores(query, key):
@@ -77,11 +84,25 @@ def _scores(query, key):
     return query.transpose(1, 2) @ key.transpose(-1, -2)
 
 
-def _average(value, scores, seen):
-    """value [B, S, Hkv, D] weighted by the softmax of the scores [B, H, T, S] that are seen -> [B, T, H, D]."""
+def _kept(scores, rows, dropout, seed):
+    """Which probabilities [B, H, T, S] dropout leaves, of rows that stand at positions [..., T]; None for all."""
+    if seed is None:
+        return None
+    batch, num_heads, _, num_keys = scores.shape
+    batch_head = torch.arange(batch * num_heads, device=scores.device).view(batch, num_heads, 1, 1)
+    return keep_mask(seed, batch_head, rows[..., None], torch.arange(num_keys, device=scores.device), dropout)
+
+
+def _average(value, scores, seen, kept, dropout):
+    """value [B, S, Hkv, D] weighted by the softmax of the scores [B, H, T, S] that are seen -> [B, T, H, D].
+
+    kept: which of the weights stay, to be divided by 1 - dropout.
+    """
     weights = torch.softmax(scores.masked_fill(~seen, torch.finfo(scores.dtype).min), dim=-1)
     # a row that sees no key spreads its weight evenly under the lowest finite score: it must give zero
     weights = weights.masked_fill(~seen, 0.0)
+    if kept is not None:
+        weights = weights * kept / (1 - dropout)
     value = value.transpose(1, 2).repeat_interleave(scores.shape[1] // value.shape[2], dim=1)
     return (weights @ value).transpose(1, 2)
 

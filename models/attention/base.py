@@ -25,3 +25,8 @@ class SelfAttention(nn.Module):
     def merge(self, out: torch.Tensor) -> torch.Tensor:
         """What the heads found, [B, T, H, D] -> [B, T, M]."""
         return self.out(out.flatten(2))
+
+
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """int64 [1] for the dropout of a kernel, from torch's generator of the device: nothing waits for it."""
+    return torch.randint(2**63 - 1, (1,), device=device)

@@ -22,7 +22,9 @@ class BlockSparseAttention(SelfAttention):
         bias: of the query, key and value projections; the output projection always has one.
         compat: "hf": in training what Hugging Face's model computes in train(), in evaluation what it computes in
             eval(), for the padded length, and full attention for short texts (in that call alone: theirs stays with
-            it). None: each example's own pattern, the same in both.
+            it). It is another pattern for every length: torch.compile compiles each anew, after a call in eager mode
+            of that length, and torch.export takes no dynamic length. None: each example's own pattern, the same in
+            both modes and at all lengths.
         impl: path of `kernels.block_sparse_attention.block_sparse_attention`.
     """
 
@@ -45,11 +47,15 @@ class BlockSparseAttention(SelfAttention):
         self.block_size, self.num_random_blocks = block_size, num_random_blocks
         self.compat, self.impl = compat, impl
         self._patterns: dict[tuple[str | None, int], BlockPattern] = {}
+        if compat is None:  # a compiler cannot follow how it is made
+            self.pattern(max_positions)
 
     def pattern(self, seq_len: int) -> BlockPattern:
         """The pattern of a text of `seq_len` tokens, padding included."""
         if self.compat is None:
             return self._kept(None, self.max_positions)
+        if isinstance(seq_len, torch.SymInt):
+            raise ValueError(f"compat={self.compat!r} has another pattern for each length: export one, or compat=None")
         at_once, each = FULL_ATTENTION_BLOCKS
         if seq_len <= (at_once + each * self.num_random_blocks) * self.block_size:
             mode = EVERYTHING
@@ -59,6 +65,11 @@ class BlockSparseAttention(SelfAttention):
 
     def _kept(self, mode, seq_len) -> BlockPattern:
         if (mode, seq_len) not in self._patterns:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"compat={self.compat!r} has another pattern for each length and mode, and a compiler cannot make "
+                    "them: call the model once in eager mode with a text of this length, or take compat=None"
+                )
             sizes = (seq_len, self.block_size, self.num_heads)
             if mode == EVERYTHING:
                 pattern = BlockPattern.from_function(lambda row, column: True, *sizes)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kernels.window_attention import WindowPattern, global_rows_attention, why_not_triton, window_attention
-from models.attention.base import SelfAttention
+from models.attention.base import SelfAttention, draw_seed
 from models.attention.options import layer_option, refuse_unknown
 from models.cache import LayerCache
 
@@ -26,6 +26,7 @@ class SlidingWindowAttention(SelfAttention):
         causal: whether a query sees keys to its right.
         bias: whether the projections have biases.
         global_tokens: whether there are global tokens, whose rows have projections of their own.
+        dropout: of the probabilities, in training; each call draws a seed from torch's generator of the device.
         impl: path of `kernels.window_attention.window_attention`.
     """
 
@@ -42,11 +43,15 @@ class SlidingWindowAttention(SelfAttention):
         dilation: int | Sequence = 1,
         bias: bool = False,
         global_tokens: bool = False,
+        dropout: float = 0.0,
         impl: Literal["auto", "triton", "blocked", "reference"] = "auto",
     ):
         super().__init__(dim, num_heads, bias=bias, out_bias=bias)
         self.layer, self.num_layers = layer, num_layers
         self.causal, self.impl = causal, impl
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout of attention is {dropout}, it must be at least 0 and below 1")
+        self.dropout = dropout
         self.position = position
         self.query_global = nn.Linear(dim, dim, bias=bias) if global_tokens else None
         self.key_value_global = nn.Linear(dim, 2 * dim, bias=bias) if global_tokens else None
@@ -75,6 +80,7 @@ class SlidingWindowAttention(SelfAttention):
         if self.impl == "triton":
             head_dim = self.qkv.in_features // self.num_heads
             needs: Any = () if self.position is None else self.position.kernel_arguments
+            needs = (*needs, "dropout") if self.dropout else needs
             reason = why_not_triton(device, head_dim=head_dim, dtype=dtype, needs=needs)
             if reason is not None:
                 raise ValueError(f"impl='triton': {reason}; use impl='auto'")
@@ -104,6 +110,9 @@ class SlidingWindowAttention(SelfAttention):
             query, key, terms = self.position(query, key, self.pattern, start)
         if cache is not None:
             key, value, query_start = cache.append(key, value)
+        if self.dropout and self.training:
+            # one seed for all: the row that a global row replaces is thrown away
+            terms |= {"dropout": self.dropout, "dropout_seed": draw_seed(x.device)}
         out = window_attention(
             query,
             key,
@@ -118,24 +127,49 @@ class SlidingWindowAttention(SelfAttention):
             **terms,
         )
         if global_index is not None:
-            out = self._with_global_rows(out, x, valid, global_index)
+            drop = {name: terms[name] for name in ("dropout", "dropout_seed") if name in terms}
+            out = self._with_global_rows(out, x, valid, global_index, drop)
         return self.merge(out)
 
-    def _with_global_rows(self, out, x, valid, global_index):
+    def _with_global_rows(self, out, x, valid, global_index, drop):
         """`out` [B, T, H, D] with the rows of the global tokens replaced by what they get from all of x [B, T, M]."""
         if self.query_global is None or self.key_value_global is None:
             raise ValueError("this layer has no global tokens: build it with global_tokens=True")
         seq_len, pads = x.shape[1], global_index < 0
-        tokens = x.take_along_dim(global_index.clamp(min=0)[..., None], dim=1)  # [B, G, M]
+        # take_along_dim would do, but makes a compiler take all sizes for constants
+        tokens = x.gather(1, global_index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))  # [B, G, M]
         query = self.query_global(tokens).unflatten(-1, (self.num_heads, -1))
-        key, value = self.key_value_global(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        options = {"global_index": global_index, "valid": valid, "causal": self.causal, "impl": self.impl}
-        rows = global_rows_attention(query, key, value, **options)  # zeros at the pads
+        options = {"valid": valid, "causal": self.causal, "impl": self.impl}
+        # with dropout each head draws for keys of its own
+        if not drop and x.device.type == "cpu" and 2 * query.shape[1] * self.num_heads <= x.shape[-1]:
+            rows = self._rows_over_inputs(self.key_value_global, query, x, global_index, options)
+            rows = rows.masked_fill(pads[:, :, None, None], 0.0)
+        else:
+            key, value = self.key_value_global(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+            rows = global_rows_attention(query, key, value, global_index=global_index, **options, **drop)
         # a last column, dropped at once, takes the pads
-        is_global = torch.zeros(len(x), seq_len + 1, dtype=torch.bool, device=x.device)
+        is_global = torch.zeros(x.shape[0], seq_len + 1, dtype=torch.bool, device=x.device)
         is_global = is_global.scatter(1, global_index.masked_fill(pads, seq_len), True)[:, :seq_len]
         place = global_index.clamp(min=0)[:, :, None, None].expand(rows.shape)
         return out.masked_fill(is_global[:, :, None, None], 0.0).scatter_add_(1, place, rows)
+
+    def _rows_over_inputs(self, projection, query, x, global_index, options):
+        """Global rows [B, G, H, D] of query [B, G, H, D] over x [B, T, M], whose keys and values are never made.
+
+        q . (W x + b) is (W' q) . x and what is the same for all keys, which a softmax does not see; the weighted mean
+        of W x + b is W times that of x, and b. For few rows that is far less work than to project every token.
+        """
+        key_weight, value_weight = projection.weight.unflatten(0, (2, self.num_heads, -1)).unbind(0)  # [H, D, M]
+        # a row and head each as a row of its own, over one head of width M
+        asking = torch.einsum("bghd,hdm->bghm", query, key_weight).flatten(1, 2)[:, :, None]
+        index = global_index.repeat_interleave(self.num_heads, dim=1)
+        keys, scale = x[:, :, None], query.shape[-1] ** -0.5
+        means = global_rows_attention(asking, keys, keys, global_index=index, scale=scale, **options)
+        rows = torch.einsum("bghm,hdm->bghd", means.reshape(*query.shape[:3], -1), value_weight)
+        if projection.bias is None:
+            return rows
+        # under autocast the bias alone is still float32
+        return rows + projection.bias.unflatten(0, (2, self.num_heads, -1))[1].to(rows.dtype)
 
     def _position_in(self, cache, valid):
         """The position of the next token of a cache, once it is sure that the cache can serve this layer."""

@@ -1,5 +1,6 @@
 """Every experiment composes, is sound, and gives a model whose every phase can be set, whole and at debug size."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from configs.schema import ConfigError
 from tests.command import TINY
 
 EXPERIMENTS = sorted(file.stem for file in (CONFIG_DIR / "experiment").glob("*.yaml"))
+ENCODERS = [name for name in EXPERIMENTS if "mlm" in name]
+CHARACTERS = [name for name in EXPERIMENTS if name not in ENCODERS]
+FROM_SOURCE = ("longformer_mlm", "longformer_mlm_positions", "big_bird_mlm")
 DEFAULT = "default"
 
 
@@ -20,8 +24,39 @@ def overrides_of(experiment, *others):
     return [*([] if experiment == DEFAULT else [f"experiment={experiment}"]), *others]
 
 
+@pytest.fixture
+def source(tmp_path):
+    """Overrides that name the folder of a model, of which config.json is enough here."""
+    node = compose_config(["experiment=mlm_cpu", "task.tokenizer=folder"]).model.config
+    config = OmegaConf.to_container(node) | {"max_position_embeddings": 4098}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return [f"model.source={tmp_path}"]
+
+
 @pytest.mark.parametrize("size", [None, "debug"])
-@pytest.mark.parametrize("experiment", [DEFAULT, *EXPERIMENTS])
+@pytest.mark.parametrize("experiment", ENCODERS)
+def test_every_encoder_experiment_can_be_built(experiment, size, source):
+    given = source if experiment in FROM_SOURCE else ["task.tokenizer=folder"]
+    cfg = compose_config([f"experiment={experiment}", *given, *([f"size={size}"] if size else [])])
+    phases = effective_phases(cfg)
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert max(cfg.eval.context, *(phase.seq_len for phase in phases)) <= model.max_positions
+    assert cfg.task.tokenizer == (cfg.model.source or "folder")
+    assert cfg.task.order == (cfg.model.head == "pretraining")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if experiment.endswith("positions"):
+        assert trained == {"model.encoder.position.weight"}
+    else:
+        assert trained >= {"model.encoder.word.weight", "model.encoder.layers.0.attention.qkv.weight"}
+    if size == "debug" and cfg.model.source is None:
+        table = model.encoder.word.weight
+        assert table.shape[1] <= 36 and sum(p.numel() for p in model.parameters()) - table.numel() < 1_000_000
+        assert len(model.encoder.layers) == cfg.model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("size", [None, "debug"])
+@pytest.mark.parametrize("experiment", [DEFAULT, *CHARACTERS])
 def test_every_phase_of_every_experiment_can_be_built(experiment, size):
     cfg = compose_config(overrides_of(experiment, *([f"size={size}"] if size else [])))
     assert cfg.experiment_name == experiment
@@ -40,7 +75,7 @@ def test_every_phase_of_every_experiment_can_be_built(experiment, size):
             assert list(pattern.window) == [window if cap is None else min(window, cap) for window in asked]
 
 
-@pytest.mark.parametrize("experiment", [DEFAULT, *EXPERIMENTS])
+@pytest.mark.parametrize("experiment", [DEFAULT, *CHARACTERS])
 def test_debug_size_is_a_matter_of_seconds(experiment):
     whole, debug = compose_config(overrides_of(experiment)), compose_config(overrides_of(experiment, "size=debug"))
     phases = effective_phases(debug)

@@ -55,7 +55,7 @@ def test_help_says(train_help, phrase):
 
 def test_help_fits_a_terminal_and_does_not_speak_of_hydra(train_help):
     assert "Hydra" not in train_help and "hydra" not in train_help
-    prose = [line for line in train_help.splitlines() if not line.startswith(("experiment: ", "model: "))]
+    prose = [line for line in train_help.splitlines() if not line.startswith(("experiment: ", "model: ", "schedule: "))]
     assert max(map(len, prose)) <= 120
 
 
@@ -71,6 +71,6 @@ def test_composed_configuration_is_shown(tmp_path):
     ended = run_train("--cfg", "job", "experiment=enwik8_small", "size=debug", cwd=tmp_path)
     assert (ended.code, ended.err) == (0, "")
     shown = yaml.safe_load(ended.out)
-    assert shown["task"]["dataset"] == "enwik8" and shown["model"]["dim"] == 32
+    assert shown["task"]["dataset"] == "enwik8" and shown["schedule"]["cap"]["dim"] == 32
     assert len(shown["schedule"]["phases"]) == 5
     assert list(tmp_path.iterdir()) == []

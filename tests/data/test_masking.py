@@ -175,10 +175,13 @@ def test_split_and_to(pairs):
     batch, _ = batch_of([40, 64, 9, 12, 30], pairs=pairs)
     parts = batch.split(2)
     assert [len(part) for part in parts] == [2, 2, 1]
-    for name, whole in vars(batch).items():
-        pieces = [getattr(part, name) for part in parts]
-        assert pieces == [None] * 3 if whole is None else torch.equal(torch.cat(pieces), whole)
+    for name, whole in batch.tensors().items():
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), whole)
+    assert len(batch.tensors()) == (6 if pairs else 4)
+    assert [part.num_targets for part in parts] == [int((part.targets != -100).sum()) for part in parts]
+    assert sum(part.num_targets for part in parts) == batch.num_targets > 0
     moved = batch.to("meta", non_blocking=True)
+    assert moved.num_targets == batch.num_targets
     assert moved.targets.device.type == "meta" and moved.targets.shape == batch.targets.shape
     assert (moved.order_labels is None) is not pairs
 

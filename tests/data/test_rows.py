@@ -51,7 +51,7 @@ def first(batches: TokenRows, count: int) -> list[MaskedBatch]:
 
 
 def same(one: MaskedBatch, other: MaskedBatch) -> bool:
-    return all(torch.equal(one_part, vars(other)[name]) for name, one_part in vars(one).items() if one_part is not None)
+    return all(torch.equal(one_part, vars(other)[name]) for name, one_part in one.tensors().items())
 
 
 def original(batch: MaskedBatch) -> list[list[int]]:
@@ -127,11 +127,13 @@ def test_epochs_and_seeds_differ(split, join):
     assert len(set(orders)) == 4
 
 
-def test_masks_differ_from_epoch_to_epoch(make_split):
-    batches = batches_of(make_split(numbered([18])), batch_size=1)
+def test_masks_differ_from_epoch_to_epoch_and_from_seed_to_seed(make_split):
+    split = make_split(numbered([18]))
+    batches = batches_of(split, batch_size=1)
     assert batches.num_rows == 1
-    masks = {tuple(batches.batch(step).positions[0].tolist()) for step in range(20)}
-    assert len(masks) > 10
+    by_epoch = {tuple(batches.batch(step).positions[0].tolist()) for step in range(20)}
+    by_seed = {tuple(batches_of(split, batch_size=1, seed=seed).batch(0).positions[0].tolist()) for seed in range(20)}
+    assert len(by_epoch) > 10 and len(by_seed) > 10
 
 
 @pytest.mark.parametrize("join", [True, False])
@@ -207,6 +209,9 @@ def test_pools_are_sorted_apart(make_split):
     lengths = [len(source.row(0, number).ids) for number in range(300)]
     gaps = [abs(one - other) for one, other in zip(lengths[::2], lengths[1::2], strict=True)]
     assert max(gaps) <= 6 and np.mean(gaps) < 1
+    # sorted as one, no two batches would overlap
+    spans = sorted((min(pair), max(pair)) for pair in zip(lengths[::2], lengths[1::2], strict=True))
+    assert any(left[1] > right[0] for left, right in itertools.pairwise(spans))
 
 
 def test_documents_beyond_whole_batches_change_from_epoch_to_epoch(split):
@@ -218,21 +223,17 @@ def test_documents_beyond_whole_batches_change_from_epoch_to_epoch(split):
 
 
 @pytest.mark.parametrize("join", [True, False])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_once_sees_each_row_once(split, join, world_size):
-    options = {"join": join, "drop_last": False, "world_size": world_size}
-    alone = [row for batch in batches_of(split, join=join, drop_last=False).once() for row in original(batch)]
-    ranks = [list(batches_of(split, **options, rank=rank).once()) for rank in range(world_size)]
-    rows = [row for rank in ranks for batch in rank for row in original(batch)]
-    assert sorted(rows) == sorted(alone)
+def test_rows_by_number_are_those_of_the_first_epoch(split, join):
+    batches = batches_of(split, join=join, drop_last=False)
+    rows = [row for number in range(batches.num_rows) for row in original(batches.rows([number]))]
+    assert rows == original(batches.rows(range(batches.num_rows)))
     tokens = Counter(itertools.chain.from_iterable(row[1:-1] for row in rows))
     if join:
         assert len(rows) == -(-(sum(LENGTHS) + len(LENGTHS) - 1) // 18)
         assert set(tokens) - {SEP} == set(itertools.chain.from_iterable(DOCUMENTS))
     else:
         assert len(rows) == len(DOCUMENTS)
-    again = list(batches_of(split, **options, rank=0).once())
-    assert all(map(same, ranks[0], again))
+    assert same(batches.rows([0, 1]), batches.rows([0, 1]))
 
 
 def test_separators_are_not_masked(split):

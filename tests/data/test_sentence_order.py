@@ -103,7 +103,7 @@ def test_resume_and_workers(split, options):
     taken = list(itertools.islice(iterator, 6))
     iterator.close()
     for step, batch in enumerate(taken, start=3):
-        for name, part in vars(alone.batch(step)).items():
+        for name, part in alone.batch(step).tensors().items():
             assert torch.equal(vars(batch)[name], part), name
 
 
@@ -111,13 +111,8 @@ def test_ranks_together_see_the_batch_of_one_process(split):
     ranks = [rows_of(split, rank=rank, world_size=2) for rank in range(2)]
     for step in range(6):
         parts = [rank.batch(step) for rank in ranks]
-        for name, whole in vars(rows_of(split).batch(step)).items():
+        for name, whole in rows_of(split).batch(step).tensors().items():
             assert torch.equal(torch.cat([vars(part)[name] for part in parts]), whole), name
-
-
-def test_once_sees_each_row_once(split):
-    found = list(rows_of(split, batch_size=3).once())
-    assert [len(batch) for batch in found] == [3, 3, 2]
 
 
 def test_impossible_settings(split, make_split):

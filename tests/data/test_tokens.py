@@ -153,6 +153,8 @@ def test_long_documents_are_encoded_few_at_a_time(load, tmp_path):
     corpus = load(write(tmp_path / "corpus.jsonl", ["a" * 3_000_000, "b" * 3_000_000, "c"]), encode)
     assert encode.calls == [2, 1]
     assert sorted(split.num_tokens for split in corpus.splits.values()) == [1, 3_000_000, 3_000_000]
+    # an odd number of ids of two bytes lies before them
+    assert all(split.offsets.flags.aligned for split in corpus.splits.values())
 
 
 @pytest.mark.parametrize("count", [1, 2])

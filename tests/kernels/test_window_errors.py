@@ -18,8 +18,6 @@ def attend(shapes=None, **options):
 @pytest.mark.parametrize(
     "argument, value",
     [
-        ("dropout", 0.1),
-        ("dropout_seed", torch.tensor(1)),
         ("document_start", torch.zeros(2, T, dtype=torch.int64)),
         ("document_end", torch.zeros(2, T, dtype=torch.int64)),
         ("distance_bias", torch.zeros(H, 5)),
@@ -33,7 +31,7 @@ def test_unbuilt_arguments_are_named(argument, value, impl):
 
 
 def test_neutral_values_of_unbuilt_arguments_pass():
-    attend(dropout=0.0, query_start=0, return_lse=False, global_index=None)
+    attend(dropout=0.0, dropout_seed=torch.tensor(1), query_start=0, return_lse=False, global_index=None)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +110,14 @@ def test_neutral_values_of_unbuilt_arguments_pass():
             r"position_key must be \(4, 3, 2\) .*\(4, 5, 2\)",
             id="position_key_causal",
         ),
+        pytest.param({}, {"dropout": 1.0}, "dropout is 1.0, it must be at least 0 and below 1", id="dropout_1"),
+        pytest.param({}, {"dropout": 0.1}, "dropout is 0.1, it needs a dropout_seed: int64", id="dropout_seed"),
+        pytest.param(
+            {},
+            {"dropout": 0.1, "dropout_seed": torch.zeros(2).long()},
+            r"dropout_seed must be int64 of one element, got torch.int64 \(2,\)",
+            id="dropout_seed_shape",
+        ),
         pytest.param(
             {},
             {"impl": "flash"},
@@ -160,6 +166,8 @@ def attend_rows(**changes):
         ({"global_index": torch.zeros(2, 4).long()}, r"global_index must be \[2, 3\] .* got \(2, 4\)"),
         ({"global_index": torch.zeros(1, 3).long()}, r"global_index must be \[2, 3\] .* got \(1, 3\)"),
         ({"global_index": torch.zeros(2, 3)}, "global_index must be int64 or int32, got torch.float32"),
+        ({"dropout": -0.1}, "dropout is -0.1, it must be at least 0"),
+        ({"dropout": 0.1, "dropout_seed": 1}, "dropout_seed must be an int64 tensor .* got int"),
         ({"impl": "flash"}, "impl is 'flash', it must be one of auto, triton, blocked, reference"),
     ],
 )
@@ -171,8 +179,6 @@ def test_bad_arguments_of_global_rows_are_named(changes, message):
 @pytest.mark.parametrize(
     "argument, value",
     [
-        ("dropout", 0.1),
-        ("dropout_seed", torch.tensor(1)),
         ("document_start", torch.zeros(2, T, dtype=torch.int64)),
         ("document_end", torch.zeros(2, T, dtype=torch.int64)),
     ],

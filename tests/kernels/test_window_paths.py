@@ -86,6 +86,13 @@ def test_the_kernels_have_no_relative_term(kernels_that):
         window_attention(**inputs, window=3, causal=True, impl="triton")
 
 
+@CALLS
+def test_the_kernels_have_no_dropout(kernels_that, call):
+    kernels_that(None)
+    with pytest.raises(NotImplementedError, match="impl='triton' has no dropout yet, use impl='auto' or 'blocked'"):
+        call(impl="triton", dropout=0.1, dropout_seed=torch.tensor(1))
+
+
 def test_without_triton_auto_is_blocked_and_triton_an_error():
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -32,10 +32,11 @@ def build(kind: str, seq_len: int, causal: bool, window: int = 64, dtype: torch.
     }
 
 
-def largest_tensor(kind: str, seq_len: int, causal: bool) -> int:
+def largest_tensor(kind: str, seq_len: int, causal: bool, **more) -> int:
+    """Bytes of the largest tensor of both passes; more: options of the call."""
     inputs, options = build(kind, seq_len, causal, batch=1, head_dim=4)
     with LargestTensor() as seen:
-        run(inputs, **options)
+        run(inputs, **options | more)
     return seen.bytes
 
 
@@ -48,7 +49,7 @@ def test_the_largest_tensor_grows_with_the_length_not_its_square(kind, causal):
     assert double < 2.05 * single
 
 
-def kept_for_backward(kind: str, seq_len: int, causal: bool, window: int, dtype: torch.dtype) -> int:
+def kept_for_backward(kind: str, seq_len: int, causal: bool, window: int, dtype: torch.dtype, **more) -> int:
     """Bytes that the forward pass leaves for the backward pass."""
     inputs, options = build(kind, seq_len, causal, window, dtype, batch=1)
     kept = {}
@@ -58,7 +59,7 @@ def kept_for_backward(kind: str, seq_len: int, causal: bool, window: int, dtype:
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        window_attention(**inputs, **options)
+        window_attention(**inputs, **options | more)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
