@@ -31,8 +31,9 @@ ENTRIES = (
     "num_labels", "num_landmarks", "num_random_blocks", "pad_token_id", "rescale_embeddings", "segment_means_seq_len",
     "sep_token_id", "type_vocab_size", "use_bias", "vocab_size",
 )  # fmt: skip
-# allenai/longformer, longformer/longformer.py: those that compute what the published model does, and the others
-WINDOW_MODES, OTHER_MODES = ("tvm", "sliding_chunks"), ("sliding_chunks_no_overlap", "n2")
+# allenai/longformer, longformer/longformer.py: ways of computing what the published model, "longformer", computes
+WINDOW_MODES = ("tvm", "sliding_chunks")
+AI2_ENTRIES = ("attention_mode", "attention_dilation", "autoregressive")
 
 
 class Entry(NamedTuple):
@@ -53,19 +54,18 @@ def model_type(config: dict[str, Any]) -> str:
 def published_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json with that of AI2's own Longformer turned into a published one, others as they are.
 
-    AI2's is a RoBERTa's with `attention_window` (keys on one side), `attention_dilation` and `attention_mode`.
+    AI2's is a RoBERTa's with `attention_window` (keys on one side), `attention_dilation` and `attention_mode`. With the
+    first alone it is of AI2's notebook that lengthens a RoBERTa by transformers' attention: on both sides.
     """
     mode = config.get("attention_mode")
-    of_ai2 = config.get("model_type") in (None, "roberta") and "attention_window" in config
-    if not of_ai2 and mode not in WINDOW_MODES + OTHER_MODES:
+    by_name = config.get("model_type") in (None, "roberta") and "attention_window" in config
+    if not by_name and mode in (None, "longformer"):
         return config
-    config = {**config, "model_type": "longformer"}
-    if mode in (None, *WINDOW_MODES):
-        config["attention_mode"] = "longformer"
+    named = {**config, "model_type": "longformer", "attention_mode": "longformer" if mode in WINDOW_MODES else mode}
     windows = config.get("attention_window")
-    if windows is not None:
-        config["attention_window"] = [2 * window for window in windows] if isinstance(windows, list) else 2 * windows
-    return config
+    if windows is not None and any(name in config for name in AI2_ENTRIES):
+        named["attention_window"] = [2 * one for one in windows] if isinstance(windows, list) else 2 * windows
+    return named
 
 
 def refuse_unsupported(config: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
     for name in ("is_decoder", "add_cross_attention", "autoregressive"):
         if config.get(name):
             raise PretrainedError(f"{name} is {config[name]!r}: this is a decoder, encoders alone are loaded here")
-    if config.get("attention_mode") in OTHER_MODES:
+    if (config.get("attention_mode") or "longformer") != "longformer":
         raise PretrainedError(
             f"attention_mode is {config['attention_mode']!r}, which sees other keys than a sliding window: to compute "
             "that with these weights, load with attention_mode='longformer'"
@@ -140,7 +140,7 @@ def _attention(kind, config, compat):
         if odd:
             raise PretrainedError(f"attention_window has {odd[0]}: it counts both sides and must be even, above 0")
         one_sided = [window // 2 for window in windows]
-        dilation = config.get("attention_dilation", 1)
+        dilation = config.get("attention_dilation") or 1
         options = {"window": one_sided, "dilation": dilation, "dropout": config["attention_probs_dropout_prob"]}
         return partial(SlidingWindowAttention, **options, bias=True, global_tokens=True)
     if kind == "big_bird" and config["attention_type"] == "block_sparse":

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ def load_pretrained(
 
 
 def build_pretrained(
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     folder: str | Path,
     *,
     head: str | None = None,
@@ -97,6 +97,7 @@ def build_pretrained(
     """
     if compat not in (None, "hf"):
         raise PretrainedError(f"compat is {compat!r}, it must be None or 'hf'")
+    config = dict(config)
     head = head or head_of(config)
     if head not in HEADS:
         raise PretrainedError(f"head is {head!r}, it must be one of {', '.join(map(repr, HEADS))}")
@@ -158,7 +159,7 @@ def published_of(model: nn.Module) -> Published:
 
 
 def _refuse_dilation(config):
-    dilation = config.get("attention_dilation", 1)
+    dilation = config.get("attention_dilation") or 1
     layers = dilation if isinstance(dilation, list) else [dilation]
     if any(set(layer if isinstance(layer, list) else [layer]) != {1} for layer in layers):
         raise PretrainedError(

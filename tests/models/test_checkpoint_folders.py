@@ -35,7 +35,7 @@ def folder_of_ai2(original, folder, **entries) -> None:
 
 VARIANTS = {"as released": {}, "roberta": {"model_type": "roberta"}, "longformer": {"model_type": "longformer"},
             "tvm": {"attention_mode": "tvm"}, "no mode": {"attention_mode": None},
-            "no dilation": {"attention_dilation": None}}  # fmt: skip
+            "no dilation": {"attention_dilation": None}, "named": {"attention_mode": "longformer"}}  # fmt: skip
 
 
 @pytest.mark.parametrize("entries", VARIANTS.values(), ids=VARIANTS)
@@ -64,6 +64,17 @@ def test_one_window_for_all_layers_and_a_published_one_given(tmp_path):
     assert [layer.attention.pattern.window[0] for layer in model.encoder.layers] == [2, 4, 6]
 
 
+def test_a_roberta_lengthened_by_the_notebook_counts_both_sides(tmp_path):
+    original = theirs("longformer", "ForMaskedLM")
+    bare = {"attention_mode": None, "attention_dilation": None, "autoregressive": None}
+    folder_of_ai2(original, tmp_path, **bare, model_type="roberta", attention_window=[4, 4, 8],
+                  architectures=["RobertaLongForMaskedLM"])  # fmt: skip
+    input_ids, valid, is_global = inputs("longformer")
+    expected = original(input_ids, attention_mask=valid.long(), global_attention_mask=is_global.long()).logits[valid]
+    found = load_pretrained(tmp_path)(input_ids, valid, is_global)[valid]
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-4)
+
+
 def test_a_dilated_folder_of_ai2_is_computed_and_not_exported(tmp_path):
     folder_of_ai2(theirs("longformer", "ForMaskedLM"), tmp_path, attention_dilation=[1, 2, [1, 1, 3, 3]])
     model = load_pretrained(tmp_path)
@@ -75,7 +86,7 @@ def test_a_dilated_folder_of_ai2_is_computed_and_not_exported(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("mode", ["n2", "sliding_chunks_no_overlap"])
+@pytest.mark.parametrize("mode", ["n2", "sliding_chunks_no_overlap", "sliding_chunks3"])
 def test_modes_of_ai2_that_see_other_keys_are_refused(mode, tmp_path):
     folder_of_ai2(theirs("longformer", "ForMaskedLM"), tmp_path, attention_mode=mode)
     with pytest.raises(PretrainedError, match=f"attention_mode is '{mode}', which sees other keys than a sliding"):
@@ -92,6 +103,7 @@ REFUSED = {
     "next": ("bert", {"architectures": ["BertForNextSentencePrediction"]}, "architectures names BertForNext.* head="),
     "causal_lm": ("bert", {"architectures": ["BertLMHeadModel"]}, "architectures names BertLMHeadModel, known heads"),
     "old": ("bert", {"model_type": None}, "model_type is None, known are bert, big_bird"),
+    "windowless": ("longformer", {"attention_mode": "tvm", "attention_window": None}, "no entry 'attention_window'"),
     "none": ("bert", {"num_labels": 0}, "num_labels is 0, it must be a whole number of at least 1"),
 }
 

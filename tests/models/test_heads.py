@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.encoder import Encoder
 from models.heads import Candidates, Pretraining, Retrieval, candidate_scores
 from models.pretrained import load_pretrained, save_pretrained
 from tests.models.published import KINDS, inputs, theirs, transformers
@@ -74,6 +75,9 @@ def saved_and_loaded_again(model, original, given, folder):
     again = load_pretrained(folder, compat="hf")
     assert type(again) is type(model)
     torch.testing.assert_close(again(*given), model(*given), rtol=0.0, atol=0.0)
+    save_pretrained(load_pretrained(folder, head="none"), folder / "bare")
+    assert "longspan_head" not in json.loads((folder / "bare" / "config.json").read_text())
+    assert type(load_pretrained(folder / "bare")) is Encoder
     bare, info = type(original.base_model).from_pretrained(folder, output_loading_info=True)
     head = "candidates." if type(model) is Candidates else "retrieval."
     assert info["unexpected_keys"] and all(name.startswith(head) for name in info["unexpected_keys"])
