@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.block_sparse_attention.lists import BlockLists
+from kernels.block_sparse_attention.lists import BlockLists, constants
 from kernels.block_sparse_attention.parts import Work, accumulator
 from kernels.block_sparse_attention.pattern import BlockPattern
 
@@ -35,10 +35,8 @@ def block_sparse_attention(
 def flat(pattern: BlockPattern) -> tuple[list[Tensor], list[Tensor], list[int], list[int], bool]:
     """A pattern as an operator can take it: the arguments row_offsets to follows_length of `forward`."""
     offsets, blocks = zip(*pattern.lists, strict=True)
-    # an entry that no offset reaches: torch.export.save stops at a constant without an element
-    blocks = [entries if entries.shape[0] else torch.zeros(1, dtype=torch.int32) for entries in blocks]
     sizes = [pattern.block_size, pattern.front, pattern.back, pattern.window]
-    return list(offsets), blocks, list(pattern.plan_of_length), sizes, pattern.follows_length
+    return list(offsets), constants(blocks), list(pattern.plan_of_length), sizes, pattern.follows_length
 
 
 def forward(

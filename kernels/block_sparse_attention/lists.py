@@ -1,5 +1,6 @@
 """Lists of key blocks for every head and row of blocks: how they are stored, from what they are made, a fair draw."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,14 @@ def _pack(lengths, blocks):
         raise ValueError(f"a pattern of {ends[-1]:,} listed blocks is too large, the limit is {MAX_ENTRIES:,}")
     places = np.arange(num_heads)[:, None] * num_blocks + np.arange(num_blocks + 1)
     return BlockLists(torch.from_numpy(ends[places].astype(np.int32)), torch.from_numpy(blocks.astype(np.int32)))
+
+
+def constants(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors as an operator's arguments; those without an element anew, as torch.export.save stops at one."""
+    return [
+        tensor if tensor.numel() else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        for tensor in tensors
+    ]
 
 
 def global_ends(num_blocks: int, front: int, back: int) -> tuple[int, int]:

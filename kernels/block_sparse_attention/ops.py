@@ -10,6 +10,7 @@ from kernels.block_sparse_attention.forward import block_attention_fwd
 from kernels.block_sparse_attention.key_grad import block_attention_key_grad
 from kernels.block_sparse_attention.launch import BlockLaunch
 from kernels.block_sparse_attention.lengths import block_lengths
+from kernels.block_sparse_attention.lists import constants
 from kernels.block_sparse_attention.pattern import BlockPattern
 from kernels.block_sparse_attention.query_grad import block_attention_query_grad
 from kernels.block_sparse_attention.tables import Tables, device_tables
@@ -37,7 +38,7 @@ def block_sparse_attention(
     if valid is not None:
         lengths = _block_lengths(valid, tables.plan_of_length, pattern.block_size, pattern.follows_length)
     out, _ = _forward(
-        query, key, value, valid, lengths, dropout_seed if dropout else None, list(tables),
+        query, key, value, valid, lengths, dropout_seed if dropout else None, constants(tables),
         pattern.block_size, pattern.front, pattern.back, pattern.window, scale, dropout,
     )  # fmt: skip
     return out.to(dtype)

@@ -7,6 +7,7 @@ work, whose sums a second kernel adds up in their order.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -89,8 +90,11 @@ def device_tables(pattern: BlockPattern, device: torch.device, num_blocks: int |
 @torch.compiler.assume_constant_result
 def _make_in_compiler(key: str, device: torch.device) -> None:
     pattern = pattern_of(key)
-    if device not in pattern.tables:
-        pattern.tables[device] = _make(pattern, device)
+    if device in pattern.tables:
+        return
+    # what an exporter does to tensors ends with its thread: in another one they are real
+    with ThreadPoolExecutor(1) as pool:
+        pattern.tables[device] = pool.submit(_make, pattern, device).result()
 
 
 def _make(pattern, device):

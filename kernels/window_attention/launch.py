@@ -33,6 +33,8 @@ def _per_head(values, device):
 @torch.compiler.assume_constant_result
 def prepare_tables(window: tuple[int, ...], dilation: tuple[int, ...], device: torch.device) -> None:
     """Make the tables of a pattern, so that no later call has to."""
+    if torch.compiler.is_exporting():  # where they would be no real tensors: the program makes them when it runs
+        return
     _per_head(window, device)
     _per_head(dilation, device)
 
