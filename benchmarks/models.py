@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from benchmarks import encoders
 from benchmarks.agreement import TOLERANCE, Disagreement, check, in_a_line
@@ -211,7 +210,7 @@ def _run(cases: Sequence[EncoderCase], *, output: Path | None, budget: float | N
     if output is not None and rows:
         console.print(f"written: {output}")
     for failure in failures:
-        print(f"error: {escape(failure)}", file=sys.stderr)
+        print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
