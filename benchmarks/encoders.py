@@ -59,43 +59,41 @@ class EncoderCase(Shape):
         return replace(self, num_rounds=2, **smaller)
 
 
-def _cases():
-    mechanisms: dict[str, dict[str, Any]] = {
-        "longformer": {"window": 256},
-        "big_bird": {"block_size": 64, "num_random_blocks": 3, "vocab_size": 50358},
-        "nystromformer": {"num_landmarks": 64, "num_taps": 65, "vocab_size": 30000},
-        "roberta": {},
-    }
-    least = {
-        ("longformer", FORWARD): 1.2,
-        ("longformer", BOTH): 1.35,
-        ("big_bird", FORWARD): 1.35,
-        ("big_bird", BOTH): 1.35,
-    }
-    for model, own in mechanisms.items():
-        is_held = model in ("longformer", "big_bird")
-        for passes, ending in ((FORWARD, "forward"), (BOTH, "backward")):
-            # those without a target are there for comparison: two layers show as much
-            sizes: dict[str, Any] = {"num_layers": 2, "num_rounds": 3}
-            if is_held:
-                sizes = {"num_layers": 12, "num_rounds": 7 if passes == FORWARD else 5}
-            yield EncoderCase(
-                name=f"{model}-4k-{ending}",
-                model=model,
-                passes=passes,
-                min_ratio=least.get((model, passes)),
-                max_memory_ratio=1.0 if is_held else None,
-                **own,
-                **sizes,
-            )
-    for model in ("longformer", "big_bird"):
-        for passes, ending, num_layers, num_rounds in ((FORWARD, "forward", 12, 1), (BOTH, "backward", 2, 2)):
-            sizes = {"seq_len": 16384, "num_layers": num_layers, "num_rounds": num_rounds, "max_memory_ratio": 0.5}
-            name = f"{model}-16k-{ending}"
-            yield EncoderCase(name=name, model=model, passes=passes, **sizes, **mechanisms[model])
-
-
-CASES: tuple[EncoderCase, ...] = tuple(_cases())
+MECHANISMS: dict[str, dict[str, Any]] = {
+    "longformer": {"window": 256},
+    "big_bird": {"block_size": 64, "num_random_blocks": 3, "vocab_size": 50358},
+    "nystromformer": {"num_landmarks": 64, "num_taps": 65, "vocab_size": 30000},
+    "roberta": {},
+}
+ENDINGS = {FORWARD: "forward", BOTH: "backward"}
+CASES: tuple[EncoderCase, ...] = tuple(
+    EncoderCase(
+        name=f"{model}-{seq_len // 1024}k-{ENDINGS[passes]}",
+        model=model,
+        seq_len=seq_len,
+        passes=passes,
+        num_layers=num_layers,
+        num_rounds=num_rounds,
+        min_ratio=min_ratio,
+        max_memory_ratio=max_memory_ratio,
+        **MECHANISMS[model],
+    )
+    for model, seq_len, passes, num_layers, num_rounds, min_ratio, max_memory_ratio in (
+        ("longformer", 4096, FORWARD, 12, 7, 1.2, 1.0),
+        ("longformer", 4096, BOTH, 12, 3, 1.35, 1.0),
+        ("big_bird", 4096, FORWARD, 12, 7, 1.35, 1.0),
+        ("big_bird", 4096, BOTH, 12, 3, 1.35, 1.0),
+        ("longformer", 16384, FORWARD, 12, 1, None, 0.5),
+        ("longformer", 16384, BOTH, 2, 1, None, 0.5),
+        ("big_bird", 16384, FORWARD, 12, 1, None, 0.5),
+        ("big_bird", 16384, BOTH, 2, 1, None, 0.5),
+        # for comparison, without a target: two layers show as much
+        ("nystromformer", 4096, FORWARD, 2, 3, None, None),
+        ("nystromformer", 4096, BOTH, 2, 3, None, None),
+        ("roberta", 4096, FORWARD, 2, 3, None, None),
+        ("roberta", 4096, BOTH, 2, 3, None, None),
+    )
+)
 
 
 def config_of(case: EncoderCase) -> dict[str, Any]:
