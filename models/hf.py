@@ -61,7 +61,7 @@ def fast_tokenizer(folder: Path) -> Any:
 
     PretrainedError where there are none, or where they cannot be read.
     """
-    from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast, RobertaTokenizerFast
+    from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
 
     kind = tokenizer_kind(folder)
     try:
@@ -71,7 +71,7 @@ def fast_tokenizer(folder: Path) -> Any:
             return PreTrainedTokenizerFast.from_pretrained(folder)
         if kind == "bpe":
             return RobertaTokenizerFast.from_pretrained(folder)
-        return BertTokenizerFast.from_pretrained(folder, do_lower_case=lower_cases(folder))
+        return BertTokenizer.from_pretrained(folder, do_lower_case=lower_cases(folder))
     except Exception as error:  # somebody else's readers of JSON and text: no one class of errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PretrainedError(f"the tokenizer in {folder} cannot be read: {reason}") from None

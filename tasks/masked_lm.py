@@ -164,6 +164,8 @@ class MaskedLMTask:
         metrics = {"bits_per_token": nats.detach() / math.log(2), "accuracy": correct}
         if relationship is None:
             return nats, batch.num_targets, metrics
+        if batch.order_labels is None:
+            raise ValueError("the batch has no order_labels: the task was built with order=False")
         share = batch.num_targets / len(batch)
         order = F.cross_entropy(relationship.float(), batch.order_labels, reduction="sum") * share
         right = (relationship.argmax(dim=-1) == batch.order_labels).sum() * share
