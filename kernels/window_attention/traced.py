@@ -12,6 +12,8 @@ from torch import Tensor
 from kernels.window_attention import blocked
 from kernels.window_attention.pattern import WindowPattern
 
+WINDOW_TENSORS, ROWS_TENSORS = 8, 6  # arguments of the operators up to the seed
+
 
 def window_attention(
     query: Tensor,
@@ -131,22 +133,25 @@ def _(out_grad, query, key, value, *rest):
     return [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
 
 
-def _setup(ctx, inputs, output):
-    ctx.num_tensors = sum(not isinstance(entry, list | bool | int | float) for entry in inputs)
-    ctx.save_for_backward(*inputs[: ctx.num_tensors])
-    ctx.options = inputs[ctx.num_tensors :]
+def _window_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:WINDOW_TENSORS])
+    ctx.options = inputs[WINDOW_TENSORS:]
 
 
 def _window_grads(ctx, out_grad):
     grads = _window_backward(out_grad, *ctx.saved_tensors, *ctx.options)
-    grads += [None] * (ctx.num_tensors - len(grads))  # without positions theirs are None as well
-    return *grads, *[None] * len(ctx.options)
+    return *grads, *[None] * (WINDOW_TENSORS + len(ctx.options) - len(grads))  # the position terms' too, without any
+
+
+def _rows_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:ROWS_TENSORS])
+    ctx.options = inputs[ROWS_TENSORS:]
 
 
 def _rows_grads(ctx, out_grad):
     grads = _rows_backward(out_grad, *ctx.saved_tensors, *ctx.options)
-    return *grads, *[None] * (ctx.num_tensors - len(grads) + len(ctx.options))
+    return *grads, *[None] * (ROWS_TENSORS + len(ctx.options) - len(grads))
 
 
-_window.register_autograd(_window_grads, setup_context=_setup)
-_rows.register_autograd(_rows_grads, setup_context=_setup)
+_window.register_autograd(_window_grads, setup_context=_window_setup)
+_rows.register_autograd(_rows_grads, setup_context=_rows_setup)

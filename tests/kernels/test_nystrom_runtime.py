@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.memory import LargestTensor
 from kernels import dispatch
 from kernels.nystrom_attention import nystrom_attention
+from kernels.nystrom_attention.convolution import convolve
 from tests.kernels.nystrom import inputs_and_options, of_squares, results, weights_for, with_taps
 from tests.kernels.window import assert_same, error, make_inputs, make_valid
 
@@ -129,3 +131,27 @@ def test_the_choice_is_said_once(caplog):
     assert_same(automatic, results(inputs, options, "blocked"), 0.0)
     said = [record.message for record in caplog.records if "nystrom_attention" in record.message]
     assert said == ["nystrom_attention runs on the blocked path: the fastest one outside of GPUs"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+def test_the_convolution_is_compiled_once_for_all_lengths():
+    """By inductor, which compiles torch's own convolution anew for each."""
+    backend, num_compiled = CompileCounterWithBackend("inductor"), set()
+    torch.compiler.reset()
+    compiled = torch.compile(convolve, fullgraph=True, backend=backend, dynamic=True)
+    for seq_len in (20, 33, 50):
+        value = torch.randn(2, seq_len, 3, 4, dtype=torch.float64, requires_grad=True)
+        taps = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+        weights = torch.randn_like(value)
+        found, plain = (
+            torch.autograd.grad((f(value, taps) * weights).sum(), (value, taps)) for f in (compiled, convolve)
+        )
+        assert max(map(error, found, plain)) <= 1e-12
+        num_compiled.add(backend.frame_count)
+    assert len(num_compiled) == 1
+
+
+def test_the_operator_of_the_convolution_is_what_it_says():
+    value, taps = torch.randn(2, 9, 3, 4, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    torch.library.opcheck(torch.ops.longspan.convolve.default, (value, taps))

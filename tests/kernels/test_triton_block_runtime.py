@@ -8,7 +8,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from kernels import dispatch, launch, tile_table
-from kernels.block_sparse_attention import api, block_sparse_attention, ops, why_not_triton
+from kernels.block_sparse_attention import BlockPattern, api, block_sparse_attention, ops, why_not_triton
 from kernels.block_sparse_attention.tables import device_tables
 from tests.kernels.block_cases import make_pattern
 from tests.kernels.window import make_inputs
@@ -56,6 +56,31 @@ def test_compiled_in_one_graph_it_is_the_same(pattern, dynamic):
             expected = torch.autograd.grad(attend(pattern, valid, *inputs), inputs)
             for one, other in zip(found, expected, strict=True):
                 torch.testing.assert_close(one, other)
+
+
+class Attention(torch.nn.Module):
+    """The kernels for one pattern."""
+
+    def __init__(self, pattern):
+        super().__init__()
+        self.pattern = pattern
+
+    def forward(self, query, key, value):
+        return block_sparse_attention(query, key, value, self.pattern, impl="triton")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_and_saved_it_is_the_same_at_other_lengths(tmp_path, strict):
+    """Although the pattern's tables are not there before, and some of them have no element."""
+    model = Attention(BlockPattern.bigbird(96, 16, 2, 1, seed=3))
+    length, inputs = torch.export.Dim("length", min=5, max=96), tuple(small_inputs(seq_len=40).values())
+    program = torch.export.export(model, inputs, dynamic_shapes=({1: length},) * 3, strict=strict)
+    torch.export.save(program, tmp_path / "program.pt2")
+    program = torch.export.load(tmp_path / "program.pt2").module()
+    for seq_len in (40, 96):
+        inputs = tuple(small_inputs(seq_len=seq_len).values())
+        torch.testing.assert_close(program(*inputs), model(*inputs))
 
 
 def test_a_new_length_compiles_nothing_anew(pattern):

@@ -49,6 +49,26 @@ def test_compiled_in_one_graph_it_is_the_same(dynamic):
         torch.testing.assert_close(ours, theirs)
 
 
+class Attention(torch.nn.Module):
+    """A window no other test has, so that its tables are not there yet, and global rows."""
+
+    def forward(self, query, key, value):
+        local = window_attention(query, key, value, window=[7, 5], dilation=[1, 3], global_index=INDEX, impl="triton")
+        rows = global_rows_attention(query[:, : INDEX.shape[1]], key, value, global_index=INDEX, impl="triton")
+        return local, rows
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_it_is_the_same_at_other_lengths(strict):
+    length, inputs = torch.export.Dim("length", min=5), tuple(small_inputs().values())
+    program = torch.export.export(Attention(), inputs, dynamic_shapes=({1: length},) * 3, strict=strict).module()
+    for seq_len in (20, 33):
+        inputs = tuple(make_inputs(seq_len, batch=1, head_dim=16, dtype=torch.float32).values())
+        for ours, theirs in zip(program(*inputs), Attention()(*inputs), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_a_whole_model_compiles_without_a_break():
     options = {"window": [3, 5, [2, 6, 2, 0]], "dilation": [1, 2, [1, 2, 3, 1]]}
     ids, model = text(24), tiny_model(**options, impl="triton")
