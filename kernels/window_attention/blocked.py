@@ -19,7 +19,8 @@ from kernels.window_attention.residues import join_residues, residue_ranges
 
 # bytes of overlapping keys (the gradient of the view, a real copy) that one SDPA call may cause
 CHUNK_BYTES = 16 * 2**20
-# bytes of explicit scores or masks kept for the backward pass; beyond it they are made again, a chunk at a time
+# bytes of explicit scores or masks that a call keeps for the backward pass; beyond it they are made again, a chunk at a
+# time
 KEEP_BYTES = 256 * 2**20
 
 
@@ -40,8 +41,7 @@ def window_attention(
 ) -> torch.Tensor:
     """As `reference.window_attention`, in time and memory linear in T, however many keys there are.
 
-    Nothing of T x S is made, and of T x (window + G) at most KEEP_BYTES a group of heads is kept for the backward
-    pass. The relative term has no columns for global keys: `global_index` and `position_query` exclude each other.
+    Nothing of T x S is made, and of T x (window + G) at most KEEP_BYTES is kept for the backward pass. The relative term has no columns for global keys: `global_index` and `position_query` exclude each other.
     """
     batch, seq_len, num_heads, head_dim = query.shape
     first, last = _reachable(pattern.reach, pattern.causal, seq_len, key.shape[1], query_start)
@@ -81,6 +81,7 @@ def window_attention(
             scale=scale,
             query_start=query_start,
             first_key=first,
+            keep_bytes=KEEP_BYTES * len(part) // num_heads,
         )
         outputs.append(out)
     out = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
@@ -134,6 +135,7 @@ def _head_group(
     scale,
     query_start,
     first_key,
+    keep_bytes,
 ):
     """Heads of one window and dilation: T rows and S keys, key 0 at `first_key`, [B, T, H, D] -> [B, T, H, D]."""
     batch, seq_len, num_heads, _ = query.shape
@@ -168,7 +170,9 @@ def _head_group(
                 dilation=dilation,
                 num_classes=residues.num_classes,
             )
-        out = _windows(problems, residues.start, left, right, scale, beside, drop)
+        # the classes of a range are that part of all rows
+        keep = keep_bytes * residues.num_classes // dilation
+        out = _windows(problems, residues.start, left, right, scale, beside, drop, keep)
         outputs.append(out.view(batch, -1, num_heads, *out.shape[1:]))
     return join_residues(outputs, seq_len)
 
@@ -178,7 +182,7 @@ def _head_mask(valid, num_heads):
     return None if valid is None else valid[:, :, None, None].expand(-1, -1, num_heads, 1)
 
 
-def _windows(problems, start, left, right, scale, columns, drop):
+def _windows(problems, start, left, right, scale, columns, drop, keep_bytes):
     """Undilated windows, row i at key `start + i`: problems of N rows -> [P, N, D]."""
     num_problems, num_rows, head_dim = problems.query.shape
     num_columns = 0 if columns is None else columns.key.shape[1]
@@ -201,7 +205,7 @@ def _windows(problems, start, left, right, scale, columns, drop):
         kept_bytes += kept_bytes + kept_bytes // element
     if num_columns and not explicit:  # keys and values with columns beside them are copies
         kept_bytes += num_problems * blocks.num_blocks * 2 * bytes_per_block
-    recompute = kept and kept_bytes > KEEP_BYTES and torch.is_grad_enabled()
+    recompute = kept and kept_bytes > keep_bytes and torch.is_grad_enabled()
     if columns is not None or drop is not None:
         problems = problems._replace(number=torch.arange(num_problems, device=problems.query.device))
     outputs = []

@@ -179,10 +179,12 @@ def test_a_dilation_above_the_length_does_not_copy_the_global_keys_to_every_row(
 
 
 @SIDES
-@pytest.mark.parametrize("allowed", [2**20, 5 * 2**20])
-def test_no_more_is_kept_for_the_backward_pass_than_is_allowed(monkeypatch, causal, allowed):
+@pytest.mark.parametrize("chunk", [2**24, 2**21], ids=["heads_together", "head_by_head"])
+@pytest.mark.parametrize("allowed", [2**20, 5 * 2**20, 9 * 2**20])
+def test_no_more_is_kept_for_the_backward_pass_than_is_allowed(monkeypatch, causal, allowed, chunk):
     """Of masks and of copies of keys with columns beside them, which at this head dim are twice as large."""
     monkeypatch.setattr(blocked, "KEEP_BYTES", allowed)
+    monkeypatch.setattr(blocked, "CHUNK_BYTES", chunk)
     inputs = make_inputs(4096, batch=1, head_dim=64, dtype=torch.float32)
     kept = {}
 
