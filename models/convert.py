@@ -112,7 +112,7 @@ def _long_state(original, model, positions) -> dict[str, Tensor]:
     reserved, rows = short[place].split([_encoder(original).position_offset, _encoder(original).max_positions])
     offset, most = _encoder(model).position_offset, _encoder(model).max_positions
     if positions == RANDOM:
-        rows = torch.randn(most, rows.shape[1]) * 0.02
+        rows = torch.randn(most, rows.shape[1], generator=torch.Generator().manual_seed(0)) * 0.02
     rows = rows.repeat(-(-most // len(rows)), 1)[:most]
     # a table with more reserved rows than the source has: nothing of a text reads them
     reserved = torch.cat([reserved, rows[:1].expand(max(0, offset - len(reserved)), -1)])[:offset]

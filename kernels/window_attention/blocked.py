@@ -41,7 +41,8 @@ def window_attention(
 ) -> torch.Tensor:
     """As `reference.window_attention`, in time and memory linear in T, however many keys there are.
 
-    Nothing of T x S is made, and of T x (window + G) at most KEEP_BYTES is kept for the backward pass. The relative term has no columns for global keys: `global_index` and `position_query` exclude each other.
+    Nothing of T x S is made, and of T x (window + G) at most KEEP_BYTES is kept for the backward pass. The relative
+    term has no columns for global keys: `global_index` and `position_query` exclude each other.
     """
     batch, seq_len, num_heads, head_dim = query.shape
     first, last = _reachable(pattern.reach, pattern.causal, seq_len, key.shape[1], query_start)
