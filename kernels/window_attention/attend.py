@@ -16,7 +16,7 @@ class _Beside(NamedTuple):
     mask: torch.Tensor
 
 
-def attend_blocks(problems, blocks, ranges, scale, columns, drop):
+def attend_blocks(problems, blocks, ranges, scale, columns, drop, explicit):
     """Some of the problems, one range of blocks at a time: [P, N, D]."""
     rows_pad = (0, 0, 0, blocks.tail)
     # without a tail F.pad would copy
@@ -41,7 +41,7 @@ def attend_blocks(problems, blocks, ranges, scale, columns, drop):
                 beside = _Beside(shared[0], shared[1], _additive(seen_beside, rows))
             elif problems.key_valid is None and blocks.is_plain(first, last):
                 plain = mask
-        if not is_explicit(problems, drop):
+        if not explicit:
             outputs.append(_fused(rows, keys, values, mask, beside, scale))
             continue
         bias = None

@@ -209,12 +209,12 @@ def _windows(problems, start, left, right, scale, columns, drop, keep_bytes):
     recompute = kept and kept_bytes > keep_bytes and torch.is_grad_enabled()
     if columns is not None or drop is not None:
         problems = problems._replace(number=torch.arange(num_problems, device=problems.query.device))
-    outputs = []
+    options, outputs = (blocks, ranges, scale, columns, drop, explicit), []
     for part in problems.split(chunk):
         if recompute:
-            out = checkpoint(attend_blocks, part, blocks, ranges, scale, columns, drop, use_reentrant=False)
+            out = checkpoint(attend_blocks, part, *options, use_reentrant=False)
         else:
-            out = attend_blocks(part, blocks, ranges, scale, columns, drop)
+            out = attend_blocks(part, *options)
         outputs.append(out)
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
