@@ -52,9 +52,17 @@ def test_compiled_in_one_graph_it_is_the_same(dynamic):
 class Attention(torch.nn.Module):
     """A window no other test has, so that its tables are not there yet, and global rows."""
 
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("index", INDEX)
+
     def forward(self, query, key, value):
-        local = window_attention(query, key, value, window=[7, 5], dilation=[1, 3], global_index=INDEX, impl="triton")
-        rows = global_rows_attention(query[:, : INDEX.shape[1]], key, value, global_index=INDEX, impl="triton")
+        local = window_attention(
+            query, key, value, window=[7, 5], dilation=[1, 3], global_index=self.index, impl="triton"
+        )
+        rows = global_rows_attention(
+            query[:, : self.index.shape[1]], key, value, global_index=self.index, impl="triton"
+        )
         return local, rows
 
 
