@@ -24,13 +24,14 @@ SAMPLE_TOKENS, SAMPLE_EVERY = 40, 8  # of the text a finished run fills, and whi
 
 
 class MaskedLMTask:
-    """Hidden tokens of a corpus told from those around them; documents are joined to full rows.
+    """Hidden tokens of a corpus told from those around them.
 
     Args:
         tokenizer: a folder with the tokenizer files of the model, such as the one its weights come from.
         data: `path`, `cache_dir` and `workers` of the run's data node; path as `data.documents.read_documents` has it.
         rate: share of the tokens that is hidden (80 % masked, 10 % replaced, 10 % left as they are).
         whole_words: hide words, not tokens.
+        join: join documents to full rows; else each is a row of its own, cut to their length, in batches of like length.
         order: rows are two segments of one document, swapped in half of them, and the model tells that too (sentence
             order; it needs the head "pretraining").
         holdout: share of the documents that is the validation split, and as many the test split.
@@ -47,6 +48,7 @@ class MaskedLMTask:
         data: Mapping,
         rate: float = 0.15,
         whole_words: bool = False,
+        join: bool = True,
         order: bool = False,
         holdout: float = 0.02,
     ):
@@ -55,7 +57,9 @@ class MaskedLMTask:
         if not 0 < holdout < 0.5:
             raise ValueError(f"holdout is {holdout}, it must be above 0 and below 0.5")
         self.folder = Path(tokenizer).expanduser()
-        self.rate, self.whole_words, self.order, self.holdout = rate, whole_words, order, holdout
+        if order and not join:
+            raise ValueError("order has rows of its own: leave join true")
+        self.rate, self.whole_words, self.join, self.order, self.holdout = rate, whole_words, join, order, holdout
         self.data = data
         self.head = "pretraining" if order else "masked_lm"
 
@@ -144,9 +148,10 @@ class MaskedLMTask:
         )
 
     def _rows(self, split, **options) -> Any:
-        kind = SentenceOrderRows if self.order else TokenRows
-        ids = {"cls_id": self.tokenizer.cls_id, "sep_id": self.tokenizer.sep_id, "masking": self.masking}
-        return kind(self.corpus.splits[split], **ids, **options)
+        options |= {"cls_id": self.tokenizer.cls_id, "sep_id": self.tokenizer.sep_id, "masking": self.masking}
+        if self.order:
+            return SentenceOrderRows(self.corpus.splits[split], **options)
+        return TokenRows(self.corpus.splits[split], join=self.join, **options)
 
     def loss(self, model: nn.Module, batch: MaskedBatch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
         """(summed nats, number of hidden tokens, sums to divide by that number).

@@ -174,6 +174,9 @@ def test_nystromformer_learns_the_order_of_segments(given, tmp_path):
     assert 0 <= result["order_accuracy"] <= 1 and result["order_loss"] > 0
 
 
+@pytest.mark.fault(40)
+@pytest.mark.fault(42)
+@pytest.mark.fault(43)
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [

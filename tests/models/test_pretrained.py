@@ -85,6 +85,8 @@ class Runs:
         return print, ("this code must not run",)
 
 
+@pytest.mark.fault(41)
+@pytest.mark.fault(42)
 def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch, capsys):
     theirs("roberta", "ForMaskedLM").save_pretrained(tmp_path)
     with pytest.raises(PretrainedError, match=r"the file has \(60, 32\), config.json says \(61, 32\)"):
@@ -114,6 +116,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch, capsys):
         save_pretrained(torch.nn.Linear(1, 1), tmp_path / "new")
 
 
+@pytest.mark.fault(40)
 def test_a_hub_name_without_a_network(monkeypatch):
     import huggingface_hub.constants
 

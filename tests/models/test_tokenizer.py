@@ -86,6 +86,7 @@ def test_digest_changes_with_the_vocabulary(bpe, tmp_path):
     assert load_tokenizer(bpe).digest != load_tokenizer(other).digest
 
 
+@pytest.mark.fault(40)
 def test_what_is_no_tokenizer_is_refused(tmp_path, wordpiece):
     with pytest.raises(PretrainedError, match="is no folder with tokenizer files"):
         load_tokenizer(tmp_path / "missing")
