@@ -21,6 +21,8 @@ def main(cfg) -> None:
     inputs = find_inputs(cfg)
     output = None if cfg.output is None else check_output(Path(cfg.output).expanduser())
 
+    import torch
+
     from eval import is_published, open_run
     from tasks.prediction import published_answer
     from training.distributed import choose_device
@@ -28,17 +30,19 @@ def main(cfg) -> None:
 
     device = choose_device(cfg.device)
     if is_published(cfg.checkpoint):
-        answer_texts(cfg, inputs, published_answer(cfg.checkpoint, device=device), output)
+        if cfg.num_threads:
+            torch.set_num_threads(cfg.num_threads)
+        answer_texts(inputs, published_answer(cfg.checkpoint, device=device), output)
         return
     run = open_run(cfg.run_dir, cfg.checkpoint, device=device, strict=cfg.strict, num_threads=cfg.num_threads)
     if hasattr(run.task, "continue_text"):
         continue_texts(cfg, run, inputs, output, device)
         return
     with autocast(run.precision, device):
-        answer_texts(cfg, inputs, partial(run.task.answer, run.model), output)
+        answer_texts(inputs, partial(run.task.answer, run.model), output)
 
 
-def answer_texts(cfg, inputs: dict[str, bytes], answer: Callable[[str], dict], output: Path | None) -> None:
+def answer_texts(inputs: dict[str, bytes], answer: Callable[[str], dict], output: Path | None) -> None:
     """A row of JSON for each text, to `output` or stdout; what is said of a single one is shown instead.
 
     A file is one text, or, a .jsonl, one a line in the field "text".

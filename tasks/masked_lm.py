@@ -31,7 +31,7 @@ class MaskedLMTask:
         data: `path`, `cache_dir` and `workers` of the run's data node; path as `data.documents.read_documents` has it.
         rate: share of the tokens that is hidden (80 % masked, 10 % replaced, 10 % left as they are).
         whole_words: hide words, not tokens.
-        join: join documents to full rows; else each is a row of its own, cut to their length, in batches of like length.
+        join: join documents to full rows; else each is a row, cut to that length, in batches of like length.
         order: rows are two segments of one document, swapped in half of them, and the model tells that too (sentence
             order; it needs the head "pretraining").
         holdout: share of the documents that is the validation split, and as many the test split.

@@ -26,7 +26,9 @@ def fill_masks(model: Any, tokenizer: Tokenizer, text: str, *, max_positions: in
         raise DataError(f"there is nothing to fill: the text has no {MASK}")
     device = next(model.parameters()).device
     positions = torch.tensor([masked], device=device)
-    logits = model(torch.tensor([ids], device=device), logit_positions=positions)[0].float()  # [P, V]
+    found = model(torch.tensor([ids], device=device), logit_positions=positions)
+    # the head "pretraining" tells the order of segments, too
+    logits = (found[0] if isinstance(found, tuple) else found)[0].float()  # [P, V]
     # rows beyond the tokenizer's last id, and special tokens, are no words
     logits[:, tokenizer.vocab_size :] = -torch.inf
     logits[:, tokenizer.special_ids] = -torch.inf
@@ -78,10 +80,11 @@ def published_answer(folder: str, *, device: Any) -> Callable[[str], dict[str, A
     model: Any = load_pretrained(folder).to(device)
     tokenizer = load_tokenizer(folder)
     head = published_of(model).head
-    kinds = {"masked_lm": fill_masks, "sequence": label_text, "token": label_words}
+    kinds = {"masked_lm": fill_masks, "pretraining": fill_masks, "sequence": label_text, "token": label_words}
     if head not in kinds:
         raise DataError(
-            f"{folder} has the head {head!r}: texts go to {', '.join(kinds)}; others by their logits, in Python"
+            f"{folder} has the head {head!r}, which says nothing of a single text: {', '.join(kinds)} do; the logits of "
+            "all are to be had in Python, by load_pretrained"
         )
     return partial(kinds[head], model, tokenizer, max_positions=model.encoder.max_positions)
 

@@ -172,6 +172,11 @@ def test_nystromformer_learns_the_order_of_segments(given, tmp_path):
     assert ended.code == 0, ended.err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert 0 <= result["order_accuracy"] <= 1 and result["order_loss"] > 0
+    (sample,) = (tmp_path / "run" / "samples").iterdir()
+    assert "<mask>" in sample.read_text() and "\n-> " in sample.read_text()
+    for source in (f"run_dir={tmp_path / 'run'}", f"checkpoint={tmp_path / 'run' / 'pretrained'}"):
+        shown = run_predict(source, "prompt=Rome <mask>.", "device=cpu", cwd=tmp_path)
+        assert shown.code == 0 and "mask 1: " in shown.out, shown.err
 
 
 @pytest.mark.fault(40)

@@ -1,0 +1,80 @@
+"""What a published model says of a text: masks, labels, labels of words, by the head of its folder."""
+
+import pytest
+import torch
+
+from data.errors import DataError
+from models.pretrained import build_pretrained, load_pretrained, save_pretrained
+from models.tokenizer import load_tokenizer
+from tasks.prediction import published_answer
+from tests.corpus import write_tokenizer
+
+TEXT = "Paris lies in France."
+CONFIG = {
+    "model_type": "longformer", "vocab_size": 330, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "intermediate_size": 20, "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    "max_position_embeddings": 42, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1,
+    "attention_window": 4, "id2label": {"0": "no", "1": "yes", "2": "maybe"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def folder_with(head, tokenizer, folder):
+    torch.manual_seed(0)
+    model = build_pretrained(CONFIG, tokenizer, head=head)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    save_pretrained(model, folder)
+    return folder
+
+
+def ids_of(tokenizer, text):
+    loaded = load_tokenizer(tokenizer)
+    return torch.tensor([[loaded.cls_id, *loaded.encode([text])[0], loaded.sep_id]])
+
+
+def test_a_text_gets_the_label_of_its_global_first_token(tokenizer, tmp_path):
+    folder = folder_with("sequence", tokenizer, tmp_path)
+    found = published_answer(str(folder), device="cpu")(TEXT)
+    ids = ids_of(tokenizer, TEXT)
+    is_global = torch.zeros_like(ids, dtype=torch.bool)
+    is_global[:, 0] = True
+    with torch.no_grad():
+        shares = load_pretrained(folder)(ids, is_global=is_global).softmax(dim=-1)[0].tolist()
+    expected = dict(zip(("no", "yes", "maybe"), shares, strict=True))
+    assert found["probabilities"] == pytest.approx(expected)
+    assert found["label"] == max(expected, key=expected.get) == next(iter(found["probabilities"]))
+
+
+def test_words_get_the_label_of_their_first_token(tokenizer, tmp_path):
+    folder = folder_with("token", tokenizer, tmp_path)
+    found = published_answer(str(folder), device="cpu")(TEXT)["words"]
+    # byte-level BPE parts words at spaces and marks
+    assert [word["word"].strip() for word in found] == ["Paris", "lies", "in", "France", "."]
+    with torch.no_grad():
+        shares = load_pretrained(folder)(ids_of(tokenizer, TEXT)).softmax(dim=-1)[0]
+    places = [place for place, _, _ in load_tokenizer(tokenizer).words(TEXT)]
+    for word, place in zip(found, places, strict=True):
+        best = int(shares[place].argmax())
+        assert word["label"] == CONFIG["id2label"][str(best)]
+        assert word["probability"] == pytest.approx(shares[place, best].item())
+
+
+@pytest.mark.parametrize("head", ["masked_lm", "pretraining"])
+def test_masks_are_filled_by_both_heads_that_know_words(head, tokenizer, tmp_path):
+    folder = folder_with(head, tokenizer, tmp_path)
+    (candidates,) = published_answer(str(folder), device="cpu")("Paris lies in <mask>.")["masks"]
+    assert len(candidates) == 5 and candidates[0]["probability"] >= candidates[4]["probability"] > 0
+
+
+def test_other_heads_and_long_texts_are_refused(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="has the head 'span_qa', which says nothing of a single text: masked_lm"):
+        published_answer(str(folder_with("span_qa", tokenizer, tmp_path / "span")), device="cpu")
+    answer = published_answer(str(folder_with("sequence", tokenizer, tmp_path / "long")), device="cpu")
+    with pytest.raises(DataError, match="the text has .* tokens, the position table of this model 40"):
+        answer("Paris " * 60)
