@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from models.errors import PretrainedError
-from models.tokenizer import lower_cases, tokenizer_kind
+from models.tokenizer import lower_cases, names_class, tokenizer_kind
 
 PIECE = 4096  # characters of a prompt that are read at a time
 
@@ -65,7 +65,8 @@ def fast_tokenizer(folder: Path) -> Any:
 
     kind = tokenizer_kind(folder)
     try:
-        if (folder / "config.json").is_file() or (kind == "json" and (folder / "tokenizer_config.json").is_file()):
+        # the class that a model's type stands for may want other files than these
+        if names_class(folder) or (kind == "json" and (folder / "config.json").is_file()):
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if kind == "json":
             return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -56,6 +56,10 @@ class Tokenizer:
         """The text of some ids."""
         return self.fast.decode(list(ids))
 
+    def save(self, folder: str | Path) -> None:
+        """Write it as tokenizer.json, with the name of its class beside it, as transformers' AutoTokenizer reads it."""
+        self.fast.save_pretrained(folder)
+
     @property
     def digest(self) -> str:
         """sha256 of all that decides which ids a text gets."""
@@ -118,5 +122,14 @@ def tokenizer_kind(folder: Path) -> str:
 
 def lower_cases(folder: Path) -> bool:
     """Whether tokenizer_config.json says that a WordPiece vocabulary is of small letters, as by default."""
+    return _settings(folder).get("do_lower_case", True)
+
+
+def names_class(folder: Path) -> bool:
+    """Whether tokenizer_config.json names a class of transformers."""
+    return "tokenizer_class" in _settings(folder)
+
+
+def _settings(folder):
     path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("do_lower_case", True) if path.is_file() else True
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

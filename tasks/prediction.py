@@ -83,7 +83,7 @@ def published_answer(folder: str, *, device: Any) -> Callable[[str], dict[str, A
     kinds = {"masked_lm": fill_masks, "pretraining": fill_masks, "sequence": label_text, "token": label_words}
     if head not in kinds:
         raise DataError(
-            f"{folder} has the head {head!r}, which says nothing of a single text: {', '.join(kinds)} do; the logits of "
+            f"{folder} has the head {head!r}, which says nothing of one text: {', '.join(kinds)} do; the logits of "
             "all are to be had in Python, by load_pretrained"
         )
     return partial(kinds[head], model, tokenizer, max_positions=model.encoder.max_positions)

@@ -8,6 +8,7 @@ import torch
 import predict
 from configs.compose import compose_config
 from models.pretrained import load_pretrained
+from models.tokenizer import load_tokenizer
 from tests.command import Finished, metrics_of, phases, run_eval, run_train
 from tests.command import _run as run
 from tests.corpus import write_corpus, write_tokenizer
@@ -177,6 +178,10 @@ def test_nystromformer_learns_the_order_of_segments(given, tmp_path):
     for source in (f"run_dir={tmp_path / 'run'}", f"checkpoint={tmp_path / 'run' / 'pretrained'}"):
         shown = run_predict(source, "prompt=Rome <mask>.", "device=cpu", cwd=tmp_path)
         assert shown.code == 0 and "mask 1: " in shown.out, shown.err
+    # of a type whose own tokenizer is of another kind
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "pretrained")
+    assert theirs("Rome", add_special_tokens=False)["input_ids"] == load_tokenizer(tokenizer).encode(["Rome"])[0]
 
 
 @pytest.mark.fault(40)

@@ -73,7 +73,7 @@ def test_masks_are_filled_by_both_heads_that_know_words(head, tokenizer, tmp_pat
 
 
 def test_other_heads_and_long_texts_are_refused(tokenizer, tmp_path):
-    with pytest.raises(DataError, match="has the head 'span_qa', which says nothing of a single text: masked_lm"):
+    with pytest.raises(DataError, match="has the head 'span_qa', which says nothing of one text: masked_lm"):
         published_answer(str(folder_with("span_qa", tokenizer, tmp_path / "span")), device="cpu")
     answer = published_answer(str(folder_with("sequence", tokenizer, tmp_path / "long")), device="cpu")
     with pytest.raises(DataError, match="the text has .* tokens, the position table of this model 40"):
