@@ -106,8 +106,8 @@ def mask_tokens(ids: np.ndarray, *, draws: np.ndarray, masking: Masking) -> tupl
     ids: int [length]. draws: 3 * length random uint64, which decide alone (`random_words`).
 
     P is `masking.num_positions` of the tokens that are no special ids. Whole words are drawn until P tokens are
-    reached; one that no longer fits is passed over, so rarely P is a little less. A word that a row begins in counts
-    from the row's first token.
+    reached; one that no longer fits is passed over, so rarely P is a little less, and where none fits the first is
+    hidden in part. A word that a row begins in counts from the row's first token.
     """
     input_ids = ids.astype(np.int64)
     maskable = ~np.isin(input_ids, masking.special_ids)
@@ -171,12 +171,15 @@ def _whole_words(places: np.ndarray, word_of: np.ndarray, which: np.ndarray, num
     """The positions, ascending, of words drawn until `num_positions` are full. word_of: of each place, its word."""
     _, first, lengths = np.unique(word_of, return_index=True, return_counts=True)
     taken, room = [], num_positions
-    for word in np.argsort(which[places[first]], kind="stable"):
+    order = np.argsort(which[places[first]], kind="stable")
+    for word in order:
         if lengths[word] <= room:
             taken.append(places[first[word] : first[word] + lengths[word]])
             room -= lengths[word]
             if not room:
                 break
+    if not taken and len(order):
+        taken = [places[first[order[0]] : first[order[0]] + room]]
     return np.sort(np.concatenate([np.empty(0, np.int64), *taken]))
 
 

@@ -34,6 +34,11 @@ class RowSource(Protocol):
         ...
 
     @property
+    def shuffled(self) -> bool:
+        """Whether every epoch has an order of its own."""
+        ...
+
+    @property
     def padded_len(self) -> int | None:
         """The length that all rows are padded to; None for the longest of a batch."""
         ...
@@ -92,6 +97,7 @@ class RowBatches:
 class TokenRows(RowBatches):
     """Batches of documents framed as `<s> … </s>`.
 
+    shuffle: whether documents and rows stand in an order of the epoch's, else as in the split, for evaluation.
     join: documents of an epoch, in its order, with sep_id between two, are cut to rows of exactly `seq_len` tokens
     (`JoinedRows`); else each document is a row, cut to `seq_len`, in batches of like length (`DocumentRows`).
     drop_last: leaves out what fills no row, or no batch where documents are not joined.
@@ -111,15 +117,17 @@ class TokenRows(RowBatches):
         masking: Masking,
         join: bool = True,
         drop_last: bool = True,
+        shuffle: bool = True,
         **sharing: int,
     ) -> None:
         check_counts(seq_len=seq_len, batch_size=batch_size)
         if seq_len <= _FRAME:
             raise ValueError(f"seq_len={seq_len} must be at least {_FRAME + 1}: a token and the two of its frame")
         if join:
-            source: RowSource = JoinedRows(split, seq_len, seed, cls_id, sep_id, drop_last)
+            source: RowSource = JoinedRows(split, seq_len, seed, cls_id, sep_id, drop_last, shuffle)
         else:
-            source = DocumentRows(split, seq_len, seed, cls_id, sep_id, batch_size if drop_last else 1, batch_size)
+            multiple = batch_size if drop_last else 1
+            source = DocumentRows(split, seq_len, seed, cls_id, sep_id, multiple, batch_size, shuffle)
         masking = replace(masking, special_ids=(*masking.special_ids, cls_id, sep_id))
         super().__init__(source, batch_size=batch_size, masking=masking, **sharing)
 
@@ -138,6 +146,7 @@ class JoinedRows:
     cls_id: int
     sep_id: int
     drop_last: bool
+    shuffled: bool = True
 
     def __post_init__(self) -> None:
         if not self.num_rows:
@@ -195,6 +204,7 @@ class DocumentRows:
     sep_id: int
     multiple: int
     batch_size: int
+    shuffled: bool = True
     padded_len: None = None
 
     def __post_init__(self) -> None:
@@ -238,23 +248,28 @@ class _Batches(Dataset):
         return self.of(self.numbers(step))
 
 
+def epoch_order(source: RowSource, epoch: int, count: int, *, stream: int) -> np.ndarray:
+    """The numbers below `count` in the order in which an epoch takes them, int64 [count]."""
+    return permutation(source.seed, epoch, count, stream=stream) if source.shuffled else np.arange(count)
+
+
 # a batch touches one epoch, or two where it crosses the border
 @functools.lru_cache(maxsize=4)
 def _joined_epoch(source: JoinedRows, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The documents in order, where each ends (its separator counted) when they are joined, the rows in order."""
-    documents = permutation(source.seed, epoch, source.split.num_documents, stream=DOCUMENT_STREAM)
+    documents = epoch_order(source, epoch, source.split.num_documents, stream=DOCUMENT_STREAM)
     ends = np.cumsum(np.diff(source.split.offsets)[documents] + 1)
-    return documents, ends, permutation(source.seed, epoch, source.num_rows, stream=ROW_STREAM)
+    return documents, ends, epoch_order(source, epoch, source.num_rows, stream=ROW_STREAM)
 
 
 @functools.lru_cache(maxsize=4)
 def _document_epoch(source: DocumentRows, epoch: int) -> np.ndarray:
     """The document of each row."""
-    documents = permutation(source.seed, epoch, source.split.num_documents, stream=DOCUMENT_STREAM)[: source.num_rows]
+    documents = epoch_order(source, epoch, source.split.num_documents, stream=DOCUMENT_STREAM)[: source.num_rows]
     lengths = np.minimum(np.diff(source.split.offsets)[documents], source.seq_len)
     # a stable sort by pool, then by length
     by_length = documents[np.lexsort((lengths, np.arange(len(documents)) // (_POOL_BATCHES * source.batch_size)))]
     whole = len(documents) // source.batch_size
     batches = by_length[: whole * source.batch_size].reshape(whole, source.batch_size)
-    order = permutation(source.seed, epoch, whole, stream=ROW_STREAM)
+    order = epoch_order(source, epoch, whole, stream=ROW_STREAM)
     return np.concatenate([batches[order].ravel(), by_length[whole * source.batch_size :]])

@@ -9,8 +9,8 @@ import numpy as np
 
 from data.errors import DataError
 from data.masking import Masking, Row
-from data.rows import RowBatches
-from data.steps import CUT_STREAM, ROW_STREAM, check_counts, permutation, random_words
+from data.rows import RowBatches, epoch_order
+from data.steps import CUT_STREAM, ROW_STREAM, check_counts, random_words
 from data.tokens import TokenSplit
 
 # [CLS], and a [SEP] after each segment
@@ -20,7 +20,8 @@ _FRAME = 3
 class SentenceOrderRows(RowBatches):
     """Batches of rows `[CLS] A [SEP] B [SEP]` with `token_type_ids` and `order_labels` (ALBERT 2019, Nyströmformer).
 
-    `SegmentPairs` says what A and B are. Raises DataError where no document of the split can be cut in two.
+    `SegmentPairs` says what A and B are; `shuffle` is as in `TokenRows`. Raises DataError where no document of the
+    split can be cut in two.
     """
 
     def __init__(
@@ -33,12 +34,13 @@ class SentenceOrderRows(RowBatches):
         cls_id: int,
         sep_id: int,
         masking: Masking,
+        shuffle: bool = True,
         **sharing: int,
     ) -> None:
         check_counts(seq_len=seq_len)
         if seq_len < _FRAME + 2:
             raise ValueError(f"seq_len={seq_len} must be at least {_FRAME + 2}: two tokens and three that frame them")
-        pairs = SegmentPairs(split, seq_len, seed, cls_id, sep_id)
+        pairs = SegmentPairs(split, seq_len, seed, cls_id, sep_id, shuffle)
         masking = replace(masking, special_ids=(*masking.special_ids, cls_id, sep_id))
         super().__init__(pairs, batch_size=batch_size, masking=masking, **sharing)
 
@@ -56,6 +58,7 @@ class SegmentPairs:
     seed: int
     cls_id: int
     sep_id: int
+    shuffled: bool = True
 
     def __post_init__(self) -> None:
         if not self.num_rows:
@@ -101,4 +104,4 @@ def _piece_ends(pairs: SegmentPairs) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _piece_order(pairs: SegmentPairs, epoch: int) -> np.ndarray:
-    return permutation(pairs.seed, epoch, pairs.num_rows, stream=ROW_STREAM)
+    return epoch_order(pairs, epoch, pairs.num_rows, stream=ROW_STREAM)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers.models import WordPiece
 
 from models.errors import PretrainedError
 
@@ -33,11 +34,19 @@ class Tokenizer:
     vocab_size: int
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, without special tokens; a mask in it becomes the tokenizer's own."""
-        mask = self.fast.mask_token
-        texts = [text.replace(MASK, mask) for text in texts] if mask != MASK else list(texts)
-        # the notice that a text is longer than some model's limit is no concern of ours
-        return self.fast(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        """The ids of each text, none of them special: what looks like a special token is text."""
+        backend = self.fast.backend_tokenizer
+        before = backend.encode_special_tokens
+        backend.encode_special_tokens = True
+        try:
+            return [found.ids for found in backend.encode_batch(list(texts), add_special_tokens=False)]
+        finally:
+            backend.encode_special_tokens = before
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text whose <mask> stands for the tokenizer's own mask."""
+        parts = self.fast.backend_tokenizer.encode(text.replace(MASK, self.fast.mask_token), add_special_tokens=False)
+        return parts.ids
 
     def words(self, text: str) -> list[tuple[int, int, int]]:
         """(place, start, end) of each word of a text: its first token's place behind a start token, its characters."""
@@ -73,10 +82,9 @@ class Tokenizer:
     def word_starts(self) -> np.ndarray:
         """bool [V]: which ids begin a word."""
         tokens = self.fast.convert_ids_to_tokens(range(self.vocab_size))
-        marked = any(token is not None and token.startswith(WORD_STARTS) for token in tokens)
-        if marked:
-            return np.array([token is not None and token.startswith(WORD_STARTS) for token in tokens])
-        return np.array([token is not None and not token.startswith(CONTINUATION) for token in tokens])
+        if isinstance(self.fast.backend_tokenizer.model, WordPiece):
+            return np.array([token is not None and not token.startswith(CONTINUATION) for token in tokens])
+        return np.array([token is not None and token.startswith(WORD_STARTS) for token in tokens])
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

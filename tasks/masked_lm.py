@@ -156,7 +156,7 @@ class MaskedLMTask:
     def loss(self, model: nn.Module, batch: MaskedBatch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
         """(summed nats, number of hidden tokens, sums to divide by that number).
 
-        With `order` the loss of the segments' order is added, a mean over rows, with the weight of the other mean.
+        With `order` the loss of the segments' order is added, a mean over rows beside one over hidden tokens.
         """
         found = model(
             batch.input_ids, batch.valid, token_type_ids=batch.token_type_ids, logit_positions=batch.positions
@@ -171,9 +171,10 @@ class MaskedLMTask:
             return nats, batch.num_targets, metrics
         if batch.order_labels is None:
             raise ValueError("the batch has no order_labels: the task was built with order=False")
-        share = batch.num_targets / len(batch)
-        order = F.cross_entropy(relationship.float(), batch.order_labels, reduction="sum") * share
-        right = (relationship.argmax(dim=-1) == batch.order_labels).sum() * share
+        # a row has as many hidden tokens whatever its batch, so this weight makes of it a mean over rows
+        weight = batch.positions.shape[1]
+        order = F.cross_entropy(relationship.float(), batch.order_labels, reduction="sum") * weight
+        right = (relationship.argmax(dim=-1) == batch.order_labels).sum() * weight
         return nats + order, batch.num_targets, {**metrics, "order_loss": order.detach(), "order_accuracy": right}
 
     @torch.no_grad()
@@ -201,7 +202,7 @@ class MaskedLMTask:
                 "that, or lengthen the model with python -m models.convert"
             )
         device = next(model.parameters()).device
-        rows = self._rows(split, seq_len=context, batch_size=1, seed=EVALUATION_SEED)
+        rows = self._rows(split, seq_len=context, batch_size=1, seed=EVALUATION_SEED, shuffle=False)
         num_rows = max(1, int(share * rows.num_rows))
         mine = range(rank, num_rows, world_size)
         size = max(1, batch_tokens // context)
@@ -210,20 +211,23 @@ class MaskedLMTask:
         was_training = model.training
         model.eval()
         for first in range(0, len(mine), size):
-            loss, count, metrics = self.loss(model, rows.rows(mine[first : first + size]).to(device))
+            _, count, metrics = self.loss(model, rows.rows(mine[first : first + size]).to(device))
             num_targets += count
-            for name, value in {"loss": loss, **metrics}.items():
+            for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.double().cpu()
             progress(min(first + size, len(mine)), len(mine))
         model.train(was_training)
-        names = ["loss", "bits_per_token", "accuracy", *(["order_loss", "order_accuracy"] if self.order else [])]
+        names = ["bits_per_token", "accuracy", *(["order_loss", "order_accuracy"] if self.order else [])]
         totals = torch.tensor([num_targets, *(float(sums.get(name, 0.0)) for name in names)], dtype=torch.float64)
         count, *values = reduce(totals.to(device)).tolist()
-        scores = {name: value / count for name, value in zip(names, values, strict=True)}
+        # each row counts with the weight that `loss` gives it
+        weights = {name: num_rows * self.masking.num_positions(context) for name in names if name.startswith("order")}
+        scores = {name: value / weights.get(name, count) for name, value in zip(names, values, strict=True)}
+        scores = {"loss": scores["bits_per_token"] * math.log(2) + scores.get("order_loss", 0.0), **scores}
         return {**scores, "num_tokens": int(count), "num_rows": num_rows, "share": share, "context": context}
 
     def baselines(self, split: str, share: float) -> dict:
-        """Bits per token of the training split's unigram frequencies, on the same part."""
+        """Bits per token of the training split's unigram frequencies, over all tokens of the same part."""
         train, text = (np.asarray(self.corpus.splits[name].tokens) for name in ("train", split))
         counts = np.bincount(train, minlength=self.vocab_size) + 1.0
         part = text[: max(1, int(share * len(text)))]

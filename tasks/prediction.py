@@ -44,7 +44,7 @@ def fill_masks(model: Any, tokenizer: Tokenizer, text: str, *, max_positions: in
 
 def _framed(tokenizer, text, max_positions) -> list[int]:
     """The ids of a text between the tokens of its start and its end."""
-    ids = [tokenizer.cls_id, *tokenizer.encode([text])[0], tokenizer.sep_id]
+    ids = [tokenizer.cls_id, *tokenizer.encode_prompt(text), tokenizer.sep_id]
     if len(ids) > max_positions:
         raise DataError(
             f"the text has {len(ids):,} tokens, the position table of this model {max_positions:,}: cut the text, or "

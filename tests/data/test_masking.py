@@ -61,6 +61,9 @@ def test_laws_of_any_row(ids, seed, masking):
         assert len(positions) == full
     else:
         chosen = set(positions.tolist())
+        if full and full < min(map(len, words_of(ids))):  # no word fits: the start of one
+            assert len(positions) == full and any(word[:full] == positions.tolist() for word in words_of(ids))
+            return
         assert all(chosen.issuperset(word) or chosen.isdisjoint(word) for word in words_of(ids))
         # what is free at the end would hold no other word
         left = [len(word) for word in words_of(ids) if chosen.isdisjoint(word)]
@@ -199,3 +202,11 @@ def test_split_and_to(pairs):
 def test_impossible_settings(options, message):
     with pytest.raises(ValueError, match=message):
         Masking(**{"mask_id": MASK, "pad_id": PAD, "vocab_size": VOCAB, "special_ids": (0,), **options})
+
+
+def test_a_word_longer_than_the_share_is_hidden_in_part():
+    starts = np.zeros(50, bool)
+    masking = Masking(mask_id=1, pad_id=0, vocab_size=50, word_start=starts)
+    ids = np.arange(10, 30)  # one word of 20 tokens, of which 3 are to be hidden
+    _, positions, targets = mask_tokens(ids, draws=random_words(0, 0, 60), masking=masking)
+    assert positions.tolist() == [0, 1, 2] and targets.tolist() == [10, 11, 12]

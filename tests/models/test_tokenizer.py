@@ -39,6 +39,9 @@ def test_word_pieces_of_bert(wordpiece):
     assert tokenizer.encode([TEXT]) == [[5, 6, 7, 8, 9, 10, 11, 12]]
     starts = tokenizer.word_starts()
     assert starts.dtype == np.bool_ and starts.tolist() == [place != 6 for place in range(13)]
+    # a letter that marks words elsewhere
+    (wordpiece / "vocab.txt").write_text((wordpiece / "vocab.txt").read_text() + "\nĠ")
+    assert load_tokenizer(wordpiece).word_starts()[:13].tolist() == starts.tolist()
 
 
 def test_capital_letters_stay_where_the_folder_says_so(wordpiece):
@@ -58,8 +61,16 @@ def test_one_file_with_everything(bpe, tmp_path):
 def test_a_mask_in_a_text_is_the_tokenizers_own(bpe, wordpiece):
     for folder in (bpe, wordpiece):
         tokenizer = load_tokenizer(folder)
-        (ids,) = tokenizer.encode(["Paris is the <mask> of France."])
-        assert ids.count(tokenizer.mask_id) == 1
+        assert tokenizer.encode_prompt("Paris is the <mask> of France.").count(tokenizer.mask_id) == 1
+
+
+def test_special_tokens_in_a_corpus_are_text(bpe, wordpiece):
+    for folder, text in ((bpe, "Paris <mask> is </s> <pad> the"), (wordpiece, "paris [MASK] is [SEP] the")):
+        tokenizer = load_tokenizer(folder)
+        (ids,) = tokenizer.encode([text])
+        unknown = tokenizer.fast.unk_token_id
+        assert not (set(ids) - {unknown}) & set(tokenizer.special_ids)
+    assert load_tokenizer(bpe).decode(load_tokenizer(bpe).encode(["a </s> b"])[0]) == "a </s> b"
 
 
 def test_word_starts_of_byte_level_tokens(bpe):

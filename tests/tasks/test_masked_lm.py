@@ -68,33 +68,61 @@ def test_order_of_segments_has_the_weight_of_a_mean(folders):
         batch.input_ids, batch.valid, token_type_ids=batch.token_type_ids, logit_positions=batch.positions
     )
     mlm = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
-    expected = mlm + F.cross_entropy(order, batch.order_labels)
-    assert loss.item() / count == pytest.approx(expected.item(), rel=1e-5)
+    # a row weighs as much as the tokens that a full one hides
+    full = batch.positions.numel() / count
+    expected = mlm + full * F.cross_entropy(order, batch.order_labels)
+    assert 1 <= full < 1.6 and loss.item() / count == pytest.approx(expected.item(), rel=1e-5)
     share = (order.argmax(dim=-1) == batch.order_labels).double().mean().item()
-    assert metrics["order_accuracy"].item() / count == pytest.approx(share)
+    assert metrics["order_accuracy"].item() / count == pytest.approx(share * full)
+    parts = [task.loss(model, part)[0].item() for part in batch.split(1)]
+    assert sum(parts) == pytest.approx(loss.item(), rel=1e-5)
 
 
+ORDERS = pytest.mark.parametrize("order", [False, True], ids=["words", "words_and_order"])
+
+
+def pair_of(folders, order):
+    if order:
+        return task_of(folders, order=True), model_of("nystromformer", "pretraining")
+    return task_of(folders), model_of()
+
+
+@ORDERS
 @pytest.mark.parametrize("batch_tokens", [1, 70, 10_000])
-def test_score_depends_on_neither_batches_nor_mode(folders, batch_tokens):
-    task, model = task_of(folders), model_of().train()
+def test_score_depends_on_neither_batches_nor_mode(folders, batch_tokens, order):
+    task, model = pair_of(folders, order)
+    model.train()
     whole = task.evaluate(model, "test", context=CONTEXT)
     scores = task.evaluate(model, "test", context=CONTEXT, batch_tokens=batch_tokens)
     assert model.training
     assert scores.keys() == whole.keys() and scores["num_tokens"] == whole["num_tokens"] > 0
     assert all(scores[name] == pytest.approx(whole[name], rel=1e-5) for name in whole)
-    assert whole["bits_per_token"] == pytest.approx(whole["loss"] / math.log(2))
+    assert whole["loss"] == pytest.approx(whole["bits_per_token"] * math.log(2) + whole.get("order_loss", 0.0))
 
 
-def test_processes_share_the_score(folders):
-    task, model = task_of(folders), model_of()
+def test_order_is_scored_by_rows(folders):
+    task, model = pair_of(folders, True)
+    model.eval()
+    scores = task.evaluate(model, "test", context=CONTEXT)
+    rows = task._rows("test", seq_len=CONTEXT, batch_size=1, seed=0, shuffle=False)
+    right = 0
+    for number in range(scores["num_rows"]):
+        batch = rows.rows([number])
+        _, order = model(batch.input_ids, batch.valid, token_type_ids=batch.token_type_ids)
+        right += int(order.argmax() == batch.order_labels)
+    assert scores["order_accuracy"] == pytest.approx(right / scores["num_rows"])
+
+
+@ORDERS
+def test_processes_share_the_score(folders, order):
+    task, model = pair_of(folders, order)
     totals = []
     for rank in range(3):
         # what every process hands in; the sum of all is what each gets back
         task.evaluate(model, "test", context=CONTEXT, rank=rank, world_size=3,
                       reduce=lambda tensor: totals.append(tensor.clone()) or tensor)  # fmt: skip
-    whole = task.evaluate(model, "test", context=CONTEXT)
-    count, loss, *_ = sum(totals).tolist()
-    assert count == whole["num_tokens"] and loss / count == pytest.approx(whole["loss"], rel=1e-6)
+    whole = task.evaluate(model, "test", context=CONTEXT, reduce=lambda tensor: totals.append(tensor) or tensor)
+    assert torch.allclose(sum(totals[:3]), totals[3], rtol=1e-6) and totals[3][0] == whole["num_tokens"]
 
 
 def test_part_of_a_split_is_its_first_rows(folders):
@@ -102,6 +130,23 @@ def test_part_of_a_split_is_its_first_rows(folders):
     whole = task.evaluate(model, "train", context=CONTEXT)
     part = task.evaluate(model, "train", context=CONTEXT, share=0.3)
     assert part["num_rows"] == int(0.3 * whole["num_rows"]) and part["share"] == 0.3
+    rows = task._rows("train", seq_len=CONTEXT, batch_size=1, seed=0, shuffle=False)
+    batch = rows.rows([0])
+    shown = batch.input_ids.scatter(1, batch.positions, batch.targets)[0, 1:-1].tolist()
+    assert shown == task.corpus.splits["train"].tokens[: CONTEXT - 2].tolist()
+
+
+def test_documents_one_a_row(folders):
+    task, model = task_of(folders, join=False), model_of(max_position_embeddings=402)
+    batch = next(iter(task.batches("train", seq_len=400, batch_size=4, seed=0)))
+    lengths = batch.valid.sum(dim=1)
+    assert batch.input_ids.shape[1] == lengths.max() and len(set(lengths.tolist())) > 1
+    assert (batch.input_ids[:, 0] == task.tokenizer.cls_id).all()
+    loss, count, _ = task.loss(model, batch)
+    assert count == batch.num_targets > 0 and loss.isfinite()
+    assert task.evaluate(model, "test", context=400)["num_rows"] == task.corpus.splits["test"].num_documents
+    with pytest.raises(ValueError, match="order has rows of its own"):
+        task_of(folders, join=False, order=True)
 
 
 def test_rows_longer_than_the_model_are_refused(folders):
@@ -134,8 +179,11 @@ def test_whole_words_are_hidden_together(folders):
 
 def test_baseline_is_the_entropy_of_single_tokens(folders):
     task = task_of(folders)
-    value = task.baselines("test", 1.0)["unigram"]
-    assert 3 < value < math.log2(task.vocab_size)
+    train, test = (task.corpus.splits[name].tokens.tolist() for name in ("train", "test"))
+    bits = [-math.log2((train.count(token) + 1) / (len(train) + task.vocab_size)) for token in test]
+    assert task.baselines("test", 1.0)["unigram"] == pytest.approx(sum(bits) / len(bits))
+    half = bits[: len(bits) // 2]
+    assert task.baselines("test", 0.5)["unigram"] == pytest.approx(sum(half) / len(half))
 
 
 def test_masks_are_filled_with_words(folders):
