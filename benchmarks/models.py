@@ -129,7 +129,7 @@ def _cells(ours, theirs, num_threads):
         str(theirs.num_rounds),
         f"{ours.median_ms:,.0f}",
         f"{theirs.median_ms:,.0f}",
-        f"{theirs.ratio:.2f} ({theirs.ratio_p20:.2f}-{theirs.ratio_p80:.2f})",
+        f"{theirs.ratio:.2f} ({theirs.ratio_p20:.2f}-{theirs.ratio_p80:.2f})" if theirs.num_rounds > 1 else "one pair",
         f"{memory[0]} against {memory[1]}",
         f"{theirs.memory_ratio:.2f}",
         f"{_with_weights(ours, theirs):.2f}",

@@ -85,7 +85,7 @@ def test_the_claims_are_cases():
         ("big_bird", 16384, BOTH): (2, None, 0.5),
     }
     assert all((case.dim, case.num_heads) == (768, 12) for case in CASES)
-    assert all(case.num_rounds >= 7 for case in CASES if case.min_ratio and case.passes == FORWARD)
+    assert all(case.num_rounds >= 7 for case in CASES if case.min_ratio)
 
 
 def rows_of(name, ratio, extra):
