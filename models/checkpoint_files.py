@@ -52,14 +52,22 @@ def folder_of(path_or_name: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder; PretrainedError where there is none or it is no JSON."""
+    """The config.json of a folder; PretrainedError where there is none or it is no JSON object."""
     path = folder / CONFIG
     if not path.exists():
         raise PretrainedError(f"{folder} holds no {CONFIG}: is it the folder of a model?")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; PretrainedError where it cannot be read or holds something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
         raise PretrainedError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise PretrainedError(f"{path} holds a {type(found).__name__}, it must be an object of entries by name")
+    return found
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
