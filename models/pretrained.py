@@ -38,6 +38,7 @@ from models.published_heads import (
     stock_head,
     with_labels,
 )
+from models.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,9 @@ def build_pretrained(
 def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: str | Path | None = None) -> None:
     """Write a folder that transformers loads with the same outputs: config.json, model.safetensors, tokenizer files.
 
-    A head that no class of transformers has is in config.json as `longspan_head` and in tensors that it passes over.
+    The tokenizer is written as tokenizer.json under its own class, as the class that transformers takes for an
+    architecture may read the same files as something else; one that cannot be read here goes along as it is. A head
+    that no class of transformers has is in config.json as `longspan_head` and in tensors that it passes over.
 
     model: one that `load_pretrained` gave, trained further or not. tokenizer: the folder whose tokenizer files go
     along, by default the one that the model came from.
@@ -133,9 +136,26 @@ def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: str | Path
     named |= class_entries(model_type(config), head)
     (folder / CONFIG).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
     files = Path(tokenizer) if tokenizer is not None else source
-    for name in TOKENIZER_FILES:
-        if (files / name).exists() and files.resolve() != folder.resolve():
-            shutil.copy(files / name, folder / name)
+    if files.resolve() != folder.resolve():
+        encoder: Any = getattr(model, "encoder", model)
+        _write_tokenizer(files, folder, encoder.max_positions)
+
+
+def _write_tokenizer(files: Path, folder: Path, max_positions: int) -> None:
+    """The tokenizer of the folder `files` into another, for a model of so many positions; what is not written is said.
+
+    The files themselves go along, for what reads them by name.
+    """
+    names = [name for name in TOKENIZER_FILES if (files / name).exists()]
+    if not names:
+        log.warning("%s: no tokenizer is written, %s holds none", folder, files)
+        return
+    for name in names:
+        shutil.copy(files / name, folder / name)
+    try:
+        load_tokenizer(files).save(folder, max_positions=max_positions)
+    except PretrainedError as error:
+        log.warning("%s: the tokenizer files are copied as they are: %s", folder, error)
 
 
 def published_tensors(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -57,9 +57,17 @@ class Tokenizer:
         """The text of some ids."""
         return self.fast.decode(list(ids))
 
-    def save(self, folder: str | Path) -> None:
-        """Write it as tokenizer.json, with the name of its class beside it, as transformers' AutoTokenizer reads it."""
-        self.fast.save_pretrained(folder)
+    def save(self, folder: str | Path, *, max_positions: int | None = None) -> None:
+        """Write it as tokenizer.json, with the name of its class beside it, as transformers' AutoTokenizer reads it.
+
+        max_positions: the longest text in tokens of the model it goes along with; None keeps what it says itself.
+        """
+        own = self.fast.model_max_length
+        self.fast.model_max_length = own if max_positions is None else max_positions
+        try:
+            self.fast.save_pretrained(folder)
+        finally:
+            self.fast.model_max_length = own
 
     @property
     def digest(self) -> str:
