@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from models.checkpoint_files import CONFIG
-from models.errors import PretrainedError
+from models.errors import PretrainedError, first_line
 from models.tokenizer import lower_cases, names_class, refuse_code, tokenizer_kind
 
 PIECE = 4096  # characters of a prompt that are read at a time
@@ -79,8 +79,7 @@ def fast_tokenizer(folder: Path) -> Any:
             return RobertaTokenizerFast.from_pretrained(folder, **safe)
         return BertTokenizer.from_pretrained(folder, do_lower_case=lower_cases(folder), **safe)
     except Exception as error:  # somebody else's readers of JSON and text: no one class of errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PretrainedError(f"the tokenizer in {folder} cannot be read: {reason}") from None
+        raise PretrainedError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from None
 
 
 @cache

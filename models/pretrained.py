@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.architectures import (
     DERIVED,
     PREFIXES,
+    check_entries,
     encoder_entries,
     encoder_options,
     model_type,
@@ -98,7 +99,8 @@ def build_pretrained(
     """
     if compat not in (None, "hf"):
         raise PretrainedError(f"compat is {compat!r}, it must be None or 'hf'")
-    config = dict(config)
+    config, where = dict(config), Path(folder) / CONFIG
+    check_entries(config, where)
     head = head or head_of(config)
     if head not in HEADS:
         raise PretrainedError(f"head is {head!r}, it must be one of {', '.join(map(repr, HEADS))}")
@@ -109,7 +111,9 @@ def build_pretrained(
         encoder = Encoder(**encoder_options(config, compat), pooler=has_pooler(kind, head, in_files=pooler))
         model: Any = build_head(encoder, head, config, compat)
     except KeyError as error:
-        raise PretrainedError(f"{CONFIG} has no entry {error}") from None
+        raise PretrainedError(f"{where} has no entry {error}") from None
+    except ValueError as error:  # sizes that do not go together
+        raise PretrainedError(f"{where}: {error}") from None
     model.published = Published(config, Path(folder), head)
     return model
 
