@@ -4,7 +4,7 @@ Facts: models/{bert,roberta,longformer,big_bird,nystromformer} of huggingface/tr
 """
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +31,13 @@ ENTRIES = (
     "num_labels", "num_landmarks", "num_random_blocks", "pad_token_id", "rescale_embeddings", "segment_means_seq_len",
     "sep_token_id", "type_vocab_size", "use_bias", "vocab_size",
 )  # fmt: skip
+# of those, the ones that are counts, with their least, and the ones that are any numbers
+WHOLE_ENTRIES = {
+    "block_size": 1, "conv_kernel_size": 1, "hidden_size": 1, "intermediate_size": 1, "max_global_tokens": 1,
+    "max_position_embeddings": 1, "num_attention_heads": 1, "num_hidden_layers": 1, "num_landmarks": 1,
+    "num_random_blocks": 0, "pad_token_id": 0, "segment_means_seq_len": 1, "type_vocab_size": 0, "vocab_size": 1,
+}  # fmt: skip
+REAL_ENTRIES = ("attention_probs_dropout_prob", "hidden_dropout_prob", "layer_norm_eps")
 # allenai/longformer, longformer/longformer.py: ways of computing what the published model, "longformer", computes
 WINDOW_MODES = ("tvm", "sliding_chunks")
 AI2_ENTRIES = ("attention_mode", "attention_dilation", "autoregressive")
@@ -46,7 +53,7 @@ class Entry(NamedTuple):
 def model_type(config: dict[str, Any]) -> str:
     """Which architecture a config.json is of; PretrainedError for one that is not known."""
     found = config.get("model_type")
-    if found not in PREFIXES:
+    if not isinstance(found, str) or found not in PREFIXES:
         raise PretrainedError(f"model_type is {found!r}, known are {', '.join(sorted(PREFIXES))}")
     return found
 
@@ -64,8 +71,48 @@ def published_config(config: dict[str, Any]) -> dict[str, Any]:
     named = {**config, "model_type": "longformer", "attention_mode": "longformer" if mode in WINDOW_MODES else mode}
     windows = config.get("attention_window")
     if windows is not None and any(name in config for name in AI2_ENTRIES):
-        named["attention_window"] = [2 * one for one in windows] if isinstance(windows, list) else 2 * windows
+        if isinstance(windows, list):
+            named["attention_window"] = [2 * one if _whole(one) else one for one in windows]
+        elif _whole(windows):
+            named["attention_window"] = 2 * windows
     return named
+
+
+def check_entries(config: dict[str, Any], where: object) -> None:
+    """PretrainedError for an entry of a config.json, at `where`, whose value is of a wrong kind."""
+    optional = {"conv_kernel_size"} | ({"pad_token_id"} if model_type(config) not in ROBERTA_LIKE else set())
+    for name, least in WHOLE_ENTRIES.items():
+        value = config.get(name, least)
+        if not (_whole(value) and value >= least) and not (value is None and name in optional):
+            raise PretrainedError(f"{where}: {name} is {value!r}, it must be a whole number of at least {least}")
+    for name in REAL_ENTRIES:
+        value = config.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise PretrainedError(f"{where}: {name} is {value!r}, it must be a number of at least 0")
+    if not isinstance(config.get("hidden_act", ""), str):
+        raise PretrainedError(f"{where}: hidden_act is {config['hidden_act']!r}, it must be a name")
+    names, labels = config.get("architectures") or [], config.get("id2label") or {}
+    if not _sequence(names) or not all(isinstance(name, str) for name in names):
+        raise PretrainedError(f"{where}: architectures is {names!r}, it must be a list of names of classes")
+    if not isinstance(labels, Mapping) or not all(str(number).isdecimal() for number in labels):
+        raise PretrainedError(f"{where}: id2label is {labels!r}, it must name labels by their numbers, such as '0'")
+    dim, num_heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
+    if dim % num_heads:
+        raise PretrainedError(f"{where}: num_attention_heads is {num_heads}, which does not divide hidden_size {dim}")
+    if model_type(config) == "longformer" and "attention_window" in config:
+        windows, depth = config["attention_window"], config.get("num_hidden_layers", 0)
+        if not _whole(windows) and not (_sequence(windows) and len(windows) == depth and all(map(_whole, windows))):
+            raise PretrainedError(
+                f"{where}: attention_window is {windows!r}, it must be a whole number or a list of {depth}, one a layer"
+            )
+
+
+def _whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _sequence(value):
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def refuse_unsupported(config: dict[str, Any]) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.errors import PretrainedError
+from models.errors import PretrainedError, first_line
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLES = (b"PK", b"\x80")  # how the files of torch.save begin, of today and of before 1.6
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json",
@@ -31,6 +31,7 @@ def folder_of(path_or_name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -42,6 +43,10 @@ def folder_of(path_or_name: str | Path) -> Path:
         if not any((found / file).exists() for file in WEIGHTS):
             found = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin*"]))
         return found
+    except HFValidationError:
+        raise PretrainedError(
+            f"{name!r} is neither a folder here nor a name that a model of the Hugging Face hub can have"
+        ) from None
     except RepositoryNotFoundError:
         raise PretrainedError(f"{name} is neither a folder here nor a public model of the Hugging Face hub") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
@@ -52,14 +57,22 @@ def folder_of(path_or_name: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder; PretrainedError where there is none or it is no JSON."""
+    """The config.json of a folder; PretrainedError where there is none or it is no JSON object."""
     path = folder / CONFIG
     if not path.exists():
         raise PretrainedError(f"{folder} holds no {CONFIG}: is it the folder of a model?")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; PretrainedError where it cannot be read or holds something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
         raise PretrainedError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise PretrainedError(f"{path} holds a {type(found).__name__}, it must be an object of entries by name")
+    return found
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -70,12 +83,23 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             continue
         files = [path]
         if name.endswith(".json"):
-            files = [folder / shard for shard in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
+            files = [folder / shard for shard in _shards(path)]
         tensors: dict[str, Tensor] = {}
         for file in files:
             tensors |= _read_file(file)
         return {_renamed(name): tensor for name, tensor in tensors.items()}
     raise PretrainedError(f"{folder} holds none of {', '.join(WEIGHTS)}")
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index names, which lie beside it."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise PretrainedError(f"{index} has no weight_map: it must say which file holds which tensor")
+    for tensor, file in places.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file:
+            raise PretrainedError(f"{index} has {file!r} for {tensor}: it must be the name of a file beside it")
+    return sorted(set(places.values()))
 
 
 def _read_file(path):
@@ -84,16 +108,24 @@ def _read_file(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise PretrainedError(f"{path} is damaged ({error}): copy or download it again") from None
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        with path.open("rb") as file:
+            start = file.read(16)
+        if not start.startswith(PICKLES):
+            raise PretrainedError(f"{path} is damaged (it begins with {start}): copy or download it again") from None
         raise PretrainedError(
-            f"{path} is a pickle that holds more than tensors and is refused, as loading it would run code ({reason})"
+            f"{path} is a pickle that holds more than tensors and is refused, as loading it would run code "
+            f"({first_line(error)})"
         ) from None
-    except (RuntimeError, EOFError) as error:
-        raise PretrainedError(f"{path} is damaged ({str(error).splitlines()[0]}): copy or download it again") from None
+    except Exception as error:  # bytes that are anything: no one class of errors
+        raise PretrainedError(f"{path} is damaged ({first_line(error)}): copy or download it again") from None
+    if not isinstance(found, dict):
+        raise PretrainedError(f"{path} holds a {type(found).__name__}, it must be tensors by name")
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise PretrainedError(f"{path} holds a {type(tensor).__name__} as {name!r}, it must be tensors by name")
+    return found
 
 
 def _renamed(name):

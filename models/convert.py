@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from models.architectures import model_type
 from models.errors import PretrainedError
 from models.pretrained import build_pretrained, load_pretrained, published_of, save_pretrained
+from models.tokenizer import load_tokenizer
 
 SOURCES = ("bert", "roberta", "xlm-roberta")
 COPY, RANDOM = "copy", "random"
 CHECK_TOKENS, TOLERANCE = 32, 1e-3
+SENTENCE = "Two roads diverged in a yellow wood, 1916; déjà vu."
 
 
 def convert(
@@ -47,7 +49,8 @@ def convert(
         The largest difference between the outputs of both for a text that is short enough for plain attention.
 
     Raises:
-        PretrainedError: a source of another architecture, a target that exists, sizes that do not fit.
+        PretrainedError: a source of another architecture, a target that exists, sizes that do not fit, a tokenizer
+            that gives other ids once it is written.
     """
     target = Path(target)
     if target.exists() and any(target.iterdir()):
@@ -70,7 +73,18 @@ def convert(
                 f"the converted model differs by {difference:.3g} on a short text: nothing is written"
             )
     save_pretrained(model, target)
+    _compare_tokenizers(folder, target)
     return difference
+
+
+def _compare_tokenizers(source: Path, target: Path) -> None:
+    """PretrainedError where a sentence has other ids in the target; nothing where the source has no tokenizer."""
+    try:
+        expected = load_tokenizer(source)
+    except PretrainedError:
+        return  # which `save_pretrained` has said
+    if load_tokenizer(target).fast(SENTENCE)["input_ids"] != expected.fast(SENTENCE)["input_ids"]:
+        raise PretrainedError(f"the tokenizer written to {target} gives other ids than that of {source}")
 
 
 def _long_config(old, to, max_positions, window, block_size, num_random_blocks, num_landmarks) -> dict[str, Any]:

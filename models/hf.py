@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from models.errors import PretrainedError
-from models.tokenizer import lower_cases, names_class, tokenizer_kind
+from models.checkpoint_files import CONFIG
+from models.errors import PretrainedError, first_line
+from models.tokenizer import lower_cases, names_class, refuse_code, tokenizer_kind
 
 PIECE = 4096  # characters of a prompt that are read at a time
 
@@ -57,25 +58,28 @@ def generate(
 
 
 def fast_tokenizer(folder: Path) -> Any:
-    """The tokenizer that the files of a folder describe, of transformers' class for them.
+    """The tokenizer that the files of a folder describe, of transformers' class for them; no code in it is run.
 
-    PretrainedError where there are none, or where they cannot be read.
+    PretrainedError where there are none, where they cannot be read, or where they name code of their own.
     """
+    kind, named = tokenizer_kind(folder), names_class(folder)
+    refuse_code(folder)
+
     from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
 
-    kind = tokenizer_kind(folder)
+    # left out, transformers asks on the terminal whether code may run
+    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         # the class that a model's type stands for may want other files than these
-        if names_class(folder) or (kind == "json" and (folder / "config.json").is_file()):
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if named or (kind == "json" and (folder / CONFIG).is_file()):
+            return AutoTokenizer.from_pretrained(folder, **safe)
         if kind == "json":
-            return PreTrainedTokenizerFast.from_pretrained(folder)
+            return PreTrainedTokenizerFast.from_pretrained(folder, **safe)
         if kind == "bpe":
-            return RobertaTokenizerFast.from_pretrained(folder)
-        return BertTokenizer.from_pretrained(folder, do_lower_case=lower_cases(folder))
+            return RobertaTokenizerFast.from_pretrained(folder, **safe)
+        return BertTokenizer.from_pretrained(folder, do_lower_case=lower_cases(folder), **safe)
     except Exception as error:  # somebody else's readers of JSON and text: no one class of errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PretrainedError(f"the tokenizer in {folder} cannot be read: {reason}") from None
+        raise PretrainedError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from None
 
 
 @cache

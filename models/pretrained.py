@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.architectures import (
     DERIVED,
     PREFIXES,
+    check_entries,
     encoder_entries,
     encoder_options,
     model_type,
@@ -38,6 +39,7 @@ from models.published_heads import (
     stock_head,
     with_labels,
 )
+from models.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,8 @@ def build_pretrained(
     """
     if compat not in (None, "hf"):
         raise PretrainedError(f"compat is {compat!r}, it must be None or 'hf'")
-    config = dict(config)
+    config, where = dict(config), Path(folder) / CONFIG
+    check_entries(config, where)
     head = head or head_of(config)
     if head not in HEADS:
         raise PretrainedError(f"head is {head!r}, it must be one of {', '.join(map(repr, HEADS))}")
@@ -108,7 +111,9 @@ def build_pretrained(
         encoder = Encoder(**encoder_options(config, compat), pooler=has_pooler(kind, head, in_files=pooler))
         model: Any = build_head(encoder, head, config, compat)
     except KeyError as error:
-        raise PretrainedError(f"{CONFIG} has no entry {error}") from None
+        raise PretrainedError(f"{where} has no entry {error}") from None
+    except ValueError as error:  # sizes that do not go together
+        raise PretrainedError(f"{where}: {error}") from None
     model.published = Published(config, Path(folder), head)
     return model
 
@@ -116,7 +121,9 @@ def build_pretrained(
 def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: str | Path | None = None) -> None:
     """Write a folder that transformers loads with the same outputs: config.json, model.safetensors, tokenizer files.
 
-    A head that no class of transformers has is in config.json as `longspan_head` and in tensors that it passes over.
+    The tokenizer is written as tokenizer.json under its own class, as the class that transformers takes for an
+    architecture may read the same files as something else; one that cannot be read here goes along as it is. A head
+    that no class of transformers has is in config.json as `longspan_head` and in tensors that it passes over.
 
     model: one that `load_pretrained` gave, trained further or not. tokenizer: the folder whose tokenizer files go
     along, by default the one that the model came from.
@@ -133,9 +140,26 @@ def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: str | Path
     named |= class_entries(model_type(config), head)
     (folder / CONFIG).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
     files = Path(tokenizer) if tokenizer is not None else source
-    for name in TOKENIZER_FILES:
-        if (files / name).exists() and files.resolve() != folder.resolve():
-            shutil.copy(files / name, folder / name)
+    if files.resolve() != folder.resolve():
+        encoder: Any = getattr(model, "encoder", model)
+        _write_tokenizer(files, folder, encoder.max_positions)
+
+
+def _write_tokenizer(files: Path, folder: Path, max_positions: int) -> None:
+    """The tokenizer of the folder `files` into another, for a model of so many positions; what is not written is said.
+
+    The files themselves go along, for what reads them by name.
+    """
+    names = [name for name in TOKENIZER_FILES if (files / name).exists()]
+    if not names:
+        log.warning("%s: no tokenizer is written, %s holds none", folder, files)
+        return
+    for name in names:
+        shutil.copy(files / name, folder / name)
+    try:
+        load_tokenizer(files).save(folder, max_positions=max_positions)
+    except PretrainedError as error:
+        log.warning("%s: the tokenizer files are copied as they are: %s", folder, error)
 
 
 def published_tensors(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

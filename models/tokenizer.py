@@ -1,7 +1,6 @@
 """A checkpoint's own tokenizer: `load_tokenizer`. Words in, ids without special tokens out, and back."""
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +10,13 @@ from typing import Any
 import numpy as np
 from tokenizers.models import WordPiece
 
+from models.checkpoint_files import CONFIG, read_json
 from models.errors import PretrainedError
 
 # marks at the start of a token that begins a word: byte-level BPE, SentencePiece; WordPiece marks the others
 WORD_STARTS, CONTINUATION = ("Ġ", "▁"), "##"
 MASK = "<mask>"  # what a prompt may hold, whatever the tokenizer calls it
+SETTINGS = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,17 @@ class Tokenizer:
         """The text of some ids."""
         return self.fast.decode(list(ids))
 
-    def save(self, folder: str | Path) -> None:
-        """Write it as tokenizer.json, with the name of its class beside it, as transformers' AutoTokenizer reads it."""
-        self.fast.save_pretrained(folder)
+    def save(self, folder: str | Path, *, max_positions: int | None = None) -> None:
+        """Write it as tokenizer.json, with the name of its class beside it, as transformers' AutoTokenizer reads it.
+
+        max_positions: the longest text in tokens of the model it goes along with; None keeps what it says itself.
+        """
+        own = self.fast.model_max_length
+        self.fast.model_max_length = own if max_positions is None else max_positions
+        try:
+            self.fast.save_pretrained(folder)
+        finally:
+            self.fast.model_max_length = own
 
     @property
     def digest(self) -> str:
@@ -138,6 +147,21 @@ def names_class(folder: Path) -> bool:
     return "tokenizer_class" in _settings(folder)
 
 
+def refuse_code(folder: Path) -> None:
+    """PretrainedError where a folder names Python files of its own as what reads its tokenizer."""
+    named = {SETTINGS: "auto_map" in _settings(folder)}
+    if (folder / CONFIG).is_file():
+        # the code of a model is not asked for here, that of its configuration is, on the way to a tokenizer
+        classes = read_json(folder / CONFIG).get("auto_map")
+        named[CONFIG] = isinstance(classes, dict) and bool({"AutoConfig", "AutoTokenizer"} & set(classes))
+    for file, found in named.items():
+        if found:
+            raise PretrainedError(
+                f"{folder / file} names code of the folder's own (auto_map), and no code that comes with a model is "
+                "run: take the entry out if the files can be read without"
+            )
+
+
 def _settings(folder):
-    path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path = folder / SETTINGS
+    return read_json(path) if path.is_file() else {}

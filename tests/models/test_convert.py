@@ -1,12 +1,18 @@
 """Short dense models turned into long ones give the same for short texts, and read long ones."""
 
+import json
+import logging
+import shutil
+
 import pytest
 import torch
 
 from models import convert
 from models.errors import PretrainedError
 from models.pretrained import load_pretrained
-from tests.models.published import SIZES, theirs
+from models.tokenizer import load_tokenizer
+from tests.corpus import write_tokenizer
+from tests.models.published import SIZES, theirs, transformers
 
 LONG = 150
 SIZED = {"longformer": {"window": 20}, "big_bird": {"block_size": 16, "num_random_blocks": 1},
@@ -99,3 +105,72 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
         convert.convert(tmp_path / "long", tmp_path / "full", to="big_bird", max_positions=LONG)
     assert convert.main([str(tmp_path / "none" / "such" / "folder"), str(tmp_path / "new"), "--to", "longformer"]) == 4
     assert "is no folder with config.json" in capsys.readouterr().err
+
+
+def short_with_tokenizer(kind, folder):
+    """A short model with the bare files that a RoBERTa or a BERT of 2019 comes with."""
+    if kind == "bert":
+        words = [
+            "[PAD]",
+            "[UNK]",
+            "[CLS]",
+            "[SEP]",
+            "[MASK]",
+            *"abcdefghijklmnopqrstuvwxyz",
+            "##a",
+            "##s",
+            "the",
+            "of",
+            "is",
+            ".",
+        ]
+        folder.mkdir()
+        (folder / "vocab.txt").write_text("\n".join(words))
+    else:
+        shutil.copytree(write_tokenizer(folder.parent), folder)
+    theirs(kind, "ForMaskedLM", vocab_size=330).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 64}))
+    return folder
+
+
+@pytest.mark.parametrize("to", SIZED)
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_the_tokenizer_goes_along_as_the_one_it_is(kind, to, tmp_path):
+    """Transformers' classes for these types read the same files as something else, or not at all."""
+    short = short_with_tokenizer(kind, tmp_path / "short")
+    convert.convert(short, tmp_path / "long", to=to, max_positions=LONG, **SIZED[to])
+    sentences = ["Paris is the capital of France.", convert.SENTENCE]
+    expected = load_tokenizer(short)
+    assert len(set(expected.encode(sentences)[0])) > 4
+    stock = transformers.AutoTokenizer.from_pretrained(tmp_path / "long")
+    assert stock(sentences, add_special_tokens=False)["input_ids"] == expected.encode(sentences)
+    assert stock(sentences[0])["input_ids"] == expected.fast(sentences[0])["input_ids"]  # start and end, too
+    assert load_tokenizer(tmp_path / "long").encode(sentences) == expected.encode(sentences)
+    settings = json.loads((tmp_path / "long" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"].startswith({"roberta": "Roberta", "bert": "Bert"}[kind])
+    assert settings["model_max_length"] == stock.model_max_length == LONG
+    assert expected.fast.model_max_length == 64
+
+
+def test_without_a_tokenizer_none_is_written_and_that_is_said(tmp_path, caplog):
+    theirs("roberta", "ForMaskedLM").save_pretrained(tmp_path / "short")
+    with caplog.at_level(logging.WARNING):
+        convert.convert(tmp_path / "short", tmp_path / "long", to="longformer", max_positions=LONG, window=20)
+    assert f"{tmp_path / 'long'}: no tokenizer is written, {tmp_path / 'short'} holds none" in caplog.text
+    assert {file.name for file in (tmp_path / "long").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_tokenizer_files_that_cannot_be_read_are_copied_and_that_is_said(tmp_path, caplog):
+    short = short_with_tokenizer("roberta", tmp_path / "short")
+    (short / "vocab.json").write_text("{}")  # without a token for a mask
+    convert.convert(short, tmp_path / "long", to="longformer", max_positions=LONG, window=20)
+    assert "the tokenizer files are copied as they are: " in caplog.text
+    assert (tmp_path / "long" / "vocab.json").read_text() == "{}"
+
+
+def test_a_tokenizer_that_gives_other_ids_is_an_error(tmp_path, monkeypatch):
+    short = short_with_tokenizer("roberta", tmp_path / "short")
+    other = short_with_tokenizer("bert", tmp_path / "other")
+    monkeypatch.setattr(convert, "load_tokenizer", lambda path: load_tokenizer(short if path == short else other))
+    with pytest.raises(PretrainedError, match="the tokenizer written to .*long gives other ids than that of .*short"):
+        convert.convert(short, tmp_path / "long", to="longformer", max_positions=LONG, window=20)

@@ -1,6 +1,8 @@
 """Tokenizers from a checkpoint's own files: the kinds there are, what a task asks of them, what is refused."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from models.errors import PretrainedError
 from models.tokenizer import load_tokenizer
 from tests.corpus import SPECIALS, write_tokenizer
+from tests.helpers import ROOT
 
 TEXT = "Paris is the capital of France."
 
@@ -118,3 +121,43 @@ def test_the_published_vocabulary(data_file):
     assert tokenizer.vocab_size == 50265 and tokenizer.mask_id == 50264
     # the ids that transformers documents for RoBERTa
     assert tokenizer.encode(["Hello world", " Hello world"]) == [[31414, 232], [20920, 232]]
+
+
+HOSTILE = {
+    "pair": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["mine.Tokenizer", "mine.Tokenizer"]}}),
+    "old form": ("tokenizer_config.json", {"auto_map": ["mine.Tokenizer", None], "tokenizer_class": "Tokenizer"}),
+    "of another": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "nobody/else--mine.Tokenizer"]}}),
+    "configuration": ("config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}),
+    "of both": ("config.json", {"model_type": "bert", "auto_map": {"AutoTokenizer": "mine.Tokenizer"}}),
+}
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize(("file", "entries"), HOSTILE.values(), ids=HOSTILE)
+def test_code_that_comes_with_a_tokenizer_is_refused_without_a_question(bpe, tmp_path, file, entries):
+    folder = tmp_path / "folder"
+    load_tokenizer(bpe).fast.save_pretrained(folder)
+    if file == "config.json":
+        (folder / "tokenizer_config.json").unlink()
+    (folder / file).write_text(json.dumps(entries))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    code = f"from models.tokenizer import load_tokenizer; load_tokenizer({str(folder)!r})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, input="y\ny\ny\n", capture_output=True, text=True, timeout=240)
+    assert not (tmp_path / "ran").exists()
+    assert f"PretrainedError: {folder / file} names code of the folder's own (auto_map)" in done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr
+
+
+def test_code_of_a_model_does_not_keep_its_tokenizer_from_being_read(bpe, tmp_path):
+    load_tokenizer(bpe).fast.save_pretrained(tmp_path)
+    own = {"model_type": "bert", "auto_map": {"AutoModel": "mine.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    assert load_tokenizer(tmp_path).encode([TEXT]) == load_tokenizer(bpe).encode([TEXT])
+
+
+@pytest.mark.parametrize("content", ["[]", "{", ""])
+def test_settings_that_are_no_object_are_named(wordpiece, content):
+    (wordpiece / "tokenizer_config.json").write_text(content)
+    with pytest.raises(PretrainedError, match="tokenizer_config.json (holds a list|is no JSON)"):
+        load_tokenizer(wordpiece)
