@@ -98,6 +98,11 @@ class MaskedLMTask:
         return self.tokenizer.vocab_size
 
     @property
+    def min_seq_len(self) -> int:
+        """The shortest row: a token and the two that frame it, or two segments and three."""
+        return 5 if self.order else 3
+
+    @property
     def max_seq_len(self) -> int:
         """The longest training sequence the data can give."""
         return self._longest("train")

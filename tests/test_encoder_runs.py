@@ -201,10 +201,21 @@ def test_nystromformer_learns_the_order_of_segments(given, tmp_path):
         ("data.path=/nowhere.jsonl", 3, "/nowhere.jsonl"),
         ("data.path=null", 3, "data.path is missing"),
         ("task.tokenizer=/nowhere", 4, "/nowhere is no folder with tokenizer files"),
+        ("model.head=pretraining", 2, "task.order is false and model.head is 'pretraining', which do not go together: "
+         "give model.head=masked_lm, or task.order=true"),
+        ("task.order=true", 2, "task.order is true and model.head is 'masked_lm', which do not go together: "
+         "give model.head=pretraining, or task.order=false"),
+        ("task.order=true model.head=pretraining", 2, "task.order is true, which needs two token types, this model "
+         "has 1"),
+        ("eval.context=2", 2, "eval.context is 2, it must be at least 3"),
+        ("schedule.cap.seq_len=2", 2, "schedule.cap.seq_len is 2, it must be at least 3"),
+        ("schedule.phases.0.seq_len=2", 2, "schedule.phases.0.seq_len is 2, it must be at least 3"),
+        ("task.order=true model.head=pretraining model.config.type_vocab_size=2 eval.context=4", 2,
+         "eval.context is 4, it must be at least 5"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_work_is_said_before_anything_starts(given, tmp_path, change, code, message):
-    ended = run_train(*small(given, change, f"run_dir={tmp_path / 'run'}"), cwd=tmp_path)
+    ended = run_train(*small(given, *change.split(), f"run_dir={tmp_path / 'run'}"), cwd=tmp_path)
     assert (ended.code, message in ended.err) == (code, True), ended.err
     assert not (tmp_path / "run").exists() and "Traceback" not in ended.err
 
