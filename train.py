@@ -23,12 +23,27 @@ def main(cfg) -> None:
 
     phases = effective_phases(cfg)
     phase_patterns(cfg, phases)  # refuses options no layer can have
+    check_optimizer(cfg)
     with Distributed(cfg.device) as dist:
         check_device(cfg, dist.device, resolve_precision(cfg.precision, dist.device))
         task = build(cfg.task, "task", data=dict(cfg.data))
         check_against_data(cfg, phases, task, dist.world_size)
         path = Path(dist.broadcast_object(str(choose_run_dir(cfg)) if dist.is_main else None))
         run(cfg, phases, task, path, dist)
+
+
+def check_optimizer(cfg) -> None:
+    """ConfigError where Muon is asked for and the model trains no matrix that it could take."""
+    import torch
+
+    from configs.phases import build_model
+    from configs.schema import ConfigError
+    from training.optim import parameter_roles
+
+    with torch.device("meta"):
+        model = build_model(cfg)
+    if cfg.optim.name == "muon" and "matrix" not in parameter_roles(model).values():
+        raise ConfigError("optim.name is muon, it needs hidden weight matrices to train: give optim=roberta")
 
 
 def choose_run_dir(cfg) -> Path:

@@ -169,7 +169,7 @@ def check_context(model: Any, task: Any, key: str, context: int) -> None:
 
 
 def check_length(model: Any, task: Any, key: str, seq_len: int) -> None:
-    """ConfigError where a row of `seq_len` tokens, the value of `key`, holds no text or is beyond the position table."""
+    """ConfigError where a row of `seq_len` tokens, the value of `key`, holds no text or is longer than the model."""
     least = getattr(task, "min_seq_len", 1)
     if seq_len < least:
         raise ConfigError(

@@ -212,6 +212,7 @@ def test_nystromformer_learns_the_order_of_segments(given, tmp_path):
         ("schedule.phases.0.seq_len=2", 2, "schedule.phases.0.seq_len is 2, it must be at least 3"),
         ("task.order=true model.head=pretraining model.config.type_vocab_size=2 eval.context=4", 2,
          "eval.context is 4, it must be at least 5"),
+        ("model.train=positions", 2, "optim.name is muon, it needs hidden weight matrices to train: give optim=roberta"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_said_before_anything_starts(given, tmp_path, change, code, message):
