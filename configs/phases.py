@@ -99,9 +99,14 @@ def phase_patterns(cfg: DictConfig, phases: list[PhaseConfig]) -> list[list]:
 
 
 def check_device(cfg: DictConfig, device: torch.device, precision: str) -> None:
-    """ConfigError where the model asks for kernels that cannot run on a device in a precision, "fp32" or "bf16"."""
+    """`check_kernels` of the model of a run."""
     with torch.device("meta"):
         model = build_model(cfg)
+    check_kernels(model, device, precision)
+
+
+def check_kernels(model: Any, device: torch.device, precision: str) -> None:
+    """ConfigError where a model asks for kernels that cannot run on a device in a precision, "fp32" or "bf16"."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
         model.check_device(device, dtype)
