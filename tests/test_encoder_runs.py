@@ -163,6 +163,48 @@ def test_masks_are_filled_from_a_run_and_from_a_folder(finished, tmp_path, sourc
     assert empty.code == 3 and "there is nothing to fill" in empty.err
 
 
+GOOD = '{"text": "Rome <mask>."}'
+
+
+@pytest.mark.parametrize("source", ["run_dir={path}", "checkpoint={path}/pretrained"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "Rome."}', "texts.jsonl:2: there is nothing to fill: the text has no <mask>"),
+        (json.dumps({"text": "<mask> " * 130}), "texts.jsonl:2: the text has"),
+        ('{"text": 5}', "texts.jsonl:2: the line must be an object with a string in the field text"),
+        ('["Rome <mask>."]', "texts.jsonl:2: the line must be an object with a string in the field text"),
+        ('{"text": "Rome', "texts.jsonl:2: the line is no JSON"),
+    ],
+)
+def test_a_text_that_cannot_be_answered_stops_the_command_before_it_writes(finished, tmp_path, source, line, message):
+    path, _ = finished
+    command = [source.format(path=path), f"input={tmp_path / 'texts.jsonl'}", "output=out.jsonl", "device=cpu"]
+    (tmp_path / "texts.jsonl").write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    refused = run_predict(*command, cwd=tmp_path)
+    assert (refused.code, message in refused.err) == (3, True), refused.err
+    assert not (tmp_path / "out.jsonl").exists()
+    (tmp_path / "texts.jsonl").write_text(f"{GOOD}\n{GOOD}\n")
+    again = run_predict(*command, cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_lines_end_where_json_ends_them_and_blank_texts_are_left_out(finished, tmp_path):
+    path, _ = finished
+    text = "Rome\u2028lies in <mask>."
+    rows = [json.dumps({"text": text}, ensure_ascii=False), "", '{"text": " \\n"}', GOOD]
+    (tmp_path / "texts.jsonl").write_text("\r\n".join(rows), encoding="utf-8")
+    command = [f"run_dir={path}", f"input={tmp_path / 'texts.jsonl'}", "output=out.jsonl", "device=cpu"]
+    ended = run_predict(*command, cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert f"left out, as there is only white space in them: {tmp_path / 'texts.jsonl'}:3" in ended.err
+    written = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["text"] for line in written if line] == [text, "Rome <mask>."]
+    blank = run_predict(f"run_dir={path}", "prompt='  '", "device=cpu", cwd=tmp_path)
+    assert blank.code == 3 and "error: prompt: there is no text, only white space" in blank.err
+
+
 def test_a_stopped_run_goes_on_to_the_same_numbers(given, tmp_path):
     def stopping(cfg):
         import train
