@@ -54,6 +54,7 @@ def open_run(
     from training.checkpoint import load_checkpoint, newest_sound
     from training.errors import CheckpointError
     from training.precision import resolve_precision
+    from training.run_dir import find_tokenizer
 
     path = Path(run_dir).expanduser() if run_dir is not None else _run_of(Path(str(checkpoint)).expanduser())
     config = load_run(path)
@@ -66,6 +67,7 @@ def open_run(
     precision = resolve_precision(config.precision, device)
     check_device(config, device, precision)
     task = build(config.task, "task", data=dict(node))
+    find_tokenizer(task, path)
     model = build_model(config).to(device)
     state = load_checkpoint(chosen, model=model, restore_rng=False, strict=strict)
     model.set_attention(**state["attention"])

@@ -1,6 +1,7 @@
 """Encoders from the command line: trained, resumed, scored, asked, handed on to transformers and back."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -205,24 +206,26 @@ def test_lines_end_where_json_ends_them_and_blank_texts_are_left_out(finished, t
     assert blank.code == 3 and "error: prompt: there is no text, only white space" in blank.err
 
 
+def stopping(cfg):
+    """train.py, interrupted after four steps."""
+    import train
+    from training.session import Session
+
+    saved = Session.compute_gradients
+
+    def compute(self, *arguments):
+        if self.state["step"] == 4:
+            raise KeyboardInterrupt
+        return saved(self, *arguments)
+
+    Session.compute_gradients = compute
+    try:
+        train.main(cfg)
+    finally:
+        Session.compute_gradients = saved
+
+
 def test_a_stopped_run_goes_on_to_the_same_numbers(given, tmp_path):
-    def stopping(cfg):
-        import train
-        from training.session import Session
-
-        saved = Session.compute_gradients
-
-        def compute(self, *arguments):
-            if self.state["step"] == 4:
-                raise KeyboardInterrupt
-            return saved(self, *arguments)
-
-        Session.compute_gradients = compute
-        try:
-            train.main(cfg)
-        finally:
-            Session.compute_gradients = saved
-
     extra = ("train.checkpoint_every=2", "model.config.hidden_dropout_prob=0.1")
     whole = run_train(*small(given, *extra, f"run_dir={tmp_path / 'whole'}"), cwd=tmp_path)
     assert whole.code == 0, whole.err
@@ -259,6 +262,31 @@ def test_on_from_a_converted_folder(finished, given, tmp_path):
     assert changed == {"encoder.position.weight"}
     rows = (before["encoder.position.weight"] != after["encoder.position.weight"]).any(dim=1).nonzero().flatten()
     assert rows.min() == 130 and rows.max() <= 257
+
+
+def test_a_run_needs_its_source_at_the_start_alone(finished, given, tmp_path):
+    path, _ = finished
+    shutil.copytree(path / "pretrained", tmp_path / "source")
+    shape = (*phases(STEPS), "eval.context=32", "train.log_every=1", "train.checkpoint_every=2")
+    more = ("experiment=mlm_cpu_long", f"model.source={tmp_path / 'source'}", *given[0], *shape, *QUIET)
+    whole = run_train(*more, f"run_dir={tmp_path / 'whole'}", cwd=tmp_path)
+    assert whole.code == 0, whole.err
+    cut = run_train(*more, f"run_dir={tmp_path / 'cut'}", cwd=tmp_path, job=stopping)
+    assert cut.code == 130
+    shutil.rmtree(tmp_path / "source")
+    resumed = run_train(*more, f"run_dir={tmp_path / 'cut'}", cwd=tmp_path)
+    assert resumed.code == 0, resumed.err
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+        written = [tmp_path / run / "pretrained" / name for run in ("cut", "whole")]
+        assert written[0].read_bytes() == written[1].read_bytes()
+    scored = run_eval(f"run_dir={tmp_path / 'cut'}", "split=valid", "device=cpu", cwd=tmp_path)
+    assert scored.code == 0, scored.err
+    shown = run_predict(f"run_dir={tmp_path / 'cut'}", "prompt=Rome <mask>.", "device=cpu", cwd=tmp_path)
+    assert shown.code == 0 and "mask 1: " in shown.out, shown.err
+    # what was never started has nothing to go on with
+    new = run_train(*more, f"run_dir={tmp_path / 'new'}", cwd=tmp_path)
+    assert new.code == 4 and f"{tmp_path / 'source'} is no folder" in new.err
 
 
 def test_nystromformer_learns_the_order_of_segments(given, tmp_path):
