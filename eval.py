@@ -54,6 +54,7 @@ def open_run(
     from training.checkpoint import load_checkpoint, newest_sound
     from training.errors import CheckpointError
     from training.precision import resolve_precision
+    from training.run_dir import find_tokenizer
 
     path = Path(run_dir).expanduser() if run_dir is not None else _run_of(Path(str(checkpoint)).expanduser())
     config = load_run(path)
@@ -66,6 +67,7 @@ def open_run(
     precision = resolve_precision(config.precision, device)
     check_device(config, device, precision)
     task = build(config.task, "task", data=dict(node))
+    find_tokenizer(task, path)
     model = build_model(config).to(device)
     state = load_checkpoint(chosen, model=model, restore_rng=False, strict=strict)
     model.set_attention(**state["attention"])
@@ -82,8 +84,10 @@ def open_published(cfg, *, device: Any) -> OpenedRun:
     import torch
     from omegaconf import OmegaConf
 
+    from configs.phases import check_kernels, check_task
     from configs.schema import ConfigError, DataConfig, EvalConfig, build
     from models.published import PublishedModel
+    from training.precision import resolve_precision
 
     path = Path(cfg.checkpoint).expanduser()
     if cfg.task is None:
@@ -92,12 +96,26 @@ def open_published(cfg, *, device: Any) -> OpenedRun:
         torch.set_num_threads(cfg.num_threads)
     data = vars(DataConfig()) | {key: value for key, value in cfg.data.items() if value is not None}
     task = build(cfg.task, "task", data=data)
+    if not hasattr(task, "head"):
+        raise ConfigError(f"the task {task.name} has no use for a published model: score {path} in task=masked_lm")
     model = PublishedModel(config={}, source=str(path), head=task.head)
+    check_task(model, task, vocab_key=f"vocab_size of {path / 'config.json'}")
+    precision = resolve_precision(cfg.precision, device)
+    check_kernels(model, device, precision)
     model.load_source()
-    # the longest rows that the model takes, unless others are asked for
-    evaluation = EvalConfig(context=model.max_positions)
+    # the longest rows that the model takes and the data has, unless others are asked for
+    evaluation = EvalConfig(context=min(model.max_positions, task.max_context))
     config = OmegaConf.create({"task": OmegaConf.to_container(cfg.task), "eval": vars(evaluation)})
-    return OpenedRun(path, config, path, {"step": 0}, task, model.to(device).eval(), "fp32")
+    return OpenedRun(path, config, path, {"step": 0}, task, model.to(device).eval(), precision)
+
+
+def refuse_published_keys(cfg) -> None:
+    """ConfigError for a key of published models alone."""
+    from configs.schema import ConfigError, EvaluateConfig
+
+    for key in ("task", "precision"):
+        if cfg[key] != getattr(EvaluateConfig, key):
+            raise ConfigError(f"{key} is the run's own: leave it out, it is for the folder of a published model")
 
 
 def _run_of(checkpoint: Path) -> Path:
@@ -120,6 +138,7 @@ def main(cfg) -> None:
 
     Raises NumericsError, when it is written, for a score that is not finite.
     """
+    from configs.phases import check_context
     from configs.run import check_same_data, evaluation_settings
     from configs.schema import ConfigError
     from training.checkpoint import newest_sound
@@ -138,9 +157,8 @@ def main(cfg) -> None:
 
         if is_published(cfg.checkpoint):
             run = open_published(cfg, device=dist.device)
-        elif cfg.task is not None:
-            raise ConfigError("task is the run's own: leave it out, it is for the folder of a published model")
         else:
+            refuse_published_keys(cfg)
             run = open_run(
                 cfg.run_dir,
                 cfg.checkpoint,
@@ -154,6 +172,7 @@ def main(cfg) -> None:
         task, step = run.task, run.state["step"]
         if cfg.split not in task.splits:
             raise ConfigError(f"split is {cfg.split!r}, it must be one of {', '.join(task.splits)}")
+        check_context(run.model, task, "context", settings["context"])
         if "data" in run.state:
             check_same_data(run.state["data"], task.fingerprint, str(run.checkpoint))
         show = print if dist.is_main else lambda line: None

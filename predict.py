@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from configs.cli import entry
 
@@ -32,51 +33,84 @@ def main(cfg) -> None:
     if is_published(cfg.checkpoint):
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
-        answer_texts(inputs, published_answer(cfg.checkpoint, device=device), output)
+        answer_texts(inputs, *published_answer(cfg.checkpoint, device=device), output)
         return
     run = open_run(cfg.run_dir, cfg.checkpoint, device=device, strict=cfg.strict, num_threads=cfg.num_threads)
     if hasattr(run.task, "continue_text"):
         continue_texts(cfg, run, inputs, output, device)
         return
     with autocast(run.precision, device):
-        answer_texts(inputs, partial(run.task.answer, run.model), output)
+        answer_texts(inputs, partial(run.task.check, run.model), partial(run.task.answer, run.model), output)
 
 
-def answer_texts(inputs: dict[str, bytes], answer: Callable[[str], dict], output: Path | None) -> None:
+def answer_texts(
+    inputs: dict[str, bytes], check: Callable[[str], Any], answer: Callable[[str], dict], output: Path | None
+) -> None:
     """A row of JSON for each text, to `output` or stdout; what is said of a single one is shown instead.
 
-    A file is one text, or, a .jsonl, one a line in the field "text".
+    A file is one text, or, a .jsonl, one a line in the field "text". `check` looks at all of them first: where it
+    raises DataError, which gets the name of the text, nothing is written.
     """
     from data.errors import DataError
 
-    texts = [text for name, content in inputs.items() for text in texts_of(name, content)]
+    texts = filled_texts(inputs)
+    for name, text in texts:
+        try:
+            check(text)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
     for number, (name, text) in enumerate(texts, start=1):
         if len(texts) > 1:
             print(f"{number}/{len(texts)} {name}", file=sys.stderr)
-        try:
-            row = {"input": name, "text": text, **answer(text)}
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from None
+        row = {"input": name, "text": text, **answer(text)}
         if output is not None:
             with output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         print(json.dumps(row, ensure_ascii=False) if len(texts) > 1 and output is None else shown(row), flush=True)
 
 
+def filled_texts(inputs: dict[str, bytes]) -> list[tuple[str, str]]:
+    """(name, text) of the texts of all inputs; those of white space alone are told on stderr and left out.
+
+    DataError where none is left.
+    """
+    from data.errors import DataError
+
+    texts = [text for name, content in inputs.items() for text in texts_of(name, content)]
+    blank = [name for name, text in texts if not text.strip()]
+    if len(blank) == len(texts):
+        raise DataError(f"{', '.join(inputs)}: there is no text, only white space")
+    if blank:
+        print(f"left out, as there is only white space in them: {', '.join(blank)}", file=sys.stderr)
+    return [(name, text) for name, text in texts if text.strip()]
+
+
 def texts_of(name: str, content: bytes) -> list[tuple[str, str]]:
-    """(name, text) of the texts in a file; DataError where it is no UTF-8 or a line has no text."""
+    """(name, text) of the texts in a file; DataError where it is no UTF-8 or a line, which is named, has no text."""
     from data.errors import DataError
 
     try:
-        text = content.decode("utf-8-sig")
-        if not name.endswith(".jsonl"):
-            return [(name, text.strip())]
-        lines = [(f"{name}:{number}", json.loads(line)) for number, line in enumerate(text.splitlines(), 1) if line]
-        return [(place, row["text"]) for place, row in lines]
+        whole = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is no text: byte {error.start:,} is not UTF-8") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{name}: every line must be an object with the field text ({error})") from None
+    if not name.endswith(".jsonl"):
+        return [(name, whole.strip())]
+    # not splitlines, which also cuts at marks that JSON has within a text
+    lines = [(f"{name}:{number}", line) for number, line in enumerate(whole.split("\n"), 1) if line.strip()]
+    return [(place, _text_in(place, line)) for place, line in lines]
+
+
+def _text_in(place: str, line: str) -> str:
+    """The text of a line of a .jsonl."""
+    from data.errors import DataError
+
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: the line is no JSON ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise DataError(f"{place}: the line must be an object with a string in the field text")
+    return row["text"]
 
 
 def shown(row: dict) -> str:

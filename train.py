@@ -16,34 +16,45 @@ log = logging.getLogger(__name__)
 def main(cfg) -> None:
     """One run from its configuration to its result and report; the same `run_dir` goes on where it stopped."""
     # torch and what needs it load here, so that a typo or --help is answered at once
+    from configs.compose import named_run_dir
     from configs.phases import check_against_data, check_device, effective_phases, phase_patterns
     from configs.schema import build
     from training.distributed import Distributed
     from training.precision import resolve_precision
+    from training.run_dir import find_tokenizer
 
     phases = effective_phases(cfg)
     phase_patterns(cfg, phases)  # refuses options no layer can have
+    check_optimizer(cfg)
     with Distributed(cfg.device) as dist:
         check_device(cfg, dist.device, resolve_precision(cfg.precision, dist.device))
         task = build(cfg.task, "task", data=dict(cfg.data))
+        find_tokenizer(task, named_run_dir(cfg))
         check_against_data(cfg, phases, task, dist.world_size)
         path = Path(dist.broadcast_object(str(choose_run_dir(cfg)) if dist.is_main else None))
         run(cfg, phases, task, path, dist)
 
 
+def check_optimizer(cfg) -> None:
+    """ConfigError where Muon is asked for and the model trains no matrix that it could take."""
+    import torch
+
+    from configs.phases import build_model
+    from configs.schema import ConfigError
+    from training.optim import parameter_roles
+
+    with torch.device("meta"):
+        model = build_model(cfg)
+    if cfg.optim.name == "muon" and "matrix" not in parameter_roles(model).values():
+        raise ConfigError("optim.name is muon, it needs hidden weight matrices to train: give optim=roberta")
+
+
 def choose_run_dir(cfg) -> Path:
     """The folder the user named (in a sweep: the job's own below it), or a new one under runs/."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    from configs.compose import job_folder
+    from configs.compose import named_run_dir
     from training.run_dir import create_run_dir
 
-    if cfg.run_dir is None:
-        return create_run_dir("runs", cfg.experiment_name)
-    parent = Path(cfg.run_dir).expanduser().absolute()
-    is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    return parent / job_folder() if is_sweep else parent
+    return named_run_dir(cfg) or create_run_dir("runs", cfg.experiment_name)
 
 
 def run(cfg, phases, task, path, dist) -> None:
@@ -109,6 +120,7 @@ def open_session(cfg, phases, task, folder, dist, signals, changes, on_exit):
     from training.checkpoint_writer import CheckpointWriter
     from training.precision import resolve_precision
     from training.progress import ProgressReporter, reset_peak_memory
+    from training.run_dir import keep_tokenizer
     from training.session import Session
 
     reset_peak_memory(dist.device)
@@ -135,6 +147,7 @@ def open_session(cfg, phases, task, folder, dist, signals, changes, on_exit):
     for line in changes:
         session.progress.message(line)
     if dist.is_main:
+        keep_tokenizer(task, folder.path)
         session.tracker = open_folder(cfg, folder, step, on_exit)
         session.writer = CheckpointWriter(
             folder.path,

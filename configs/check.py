@@ -5,13 +5,14 @@ import math
 import re
 import types
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.messages import describe, nearest, plain, unknown_key
-from configs.saved import refuse_code, refuse_secrets, walk
+from configs.saved import read_yaml, refuse_code, refuse_lookups, refuse_secrets, walk
 from configs.schema import ConfigError, EvaluateConfig, PhaseConfig, PredictConfig, RunConfig, target_class
 
 PROTOCOLS = ("auto", "streaming", "windowed", "uncut")
@@ -87,12 +88,29 @@ def check(cfg: DictConfig) -> DictConfig:
     check_options(cfg.model, "model")
     complete = getattr(target_class(cfg.model, "model"), "complete", None)
     if complete is not None:
-        cfg.model = complete(plain(cfg.model))
+        cfg.model = complete(_with_kept_config(cfg))
     if not cfg.schedule.phases:
         raise ConfigError("schedule.phases is empty, a run needs at least one phase")
     for index, phase in enumerate(cfg.schedule.phases):
         _check_phase(phase, f"schedule.phases.{index}")
     return cfg
+
+
+def _with_kept_config(cfg: DictConfig) -> dict[str, Any]:
+    """The options of a model; of a run that goes on when its source is gone, with the `config` that it was run with."""
+    from configs.compose import named_run_dir  # it checks too
+
+    options, folder = plain(cfg.model), named_run_dir(cfg)
+    source = options.get("source")
+    if folder is None or source is None or "model_type" in options["config"] or Path(source).expanduser().is_dir():
+        return options
+    file = folder / "config.yaml"
+    saved = read_yaml(file) if file.is_file() else {}
+    refuse_lookups(saved)
+    kept = saved.get("model")
+    if isinstance(kept, dict) and kept.get("source") == source:
+        options["config"] = {**kept["config"], **options["config"]}
+    return options
 
 
 def check_evaluation(cfg: DictConfig) -> DictConfig:

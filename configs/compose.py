@@ -6,6 +6,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from configs.check import check
@@ -82,6 +83,15 @@ def quoted(argument: str) -> str:
     # inside quotes a backslash counts only in front of a quote, the closing one included
     text = re.sub(r"(\\*)(?='|$)", r"\1\1", value).replace("'", r"\'")
     return f"{key}='{text}'"
+
+
+def named_run_dir(cfg: DictConfig) -> Path | None:
+    """The run folder that the user named, in a sweep the job's own below it; None where a new one is to be made."""
+    if cfg.run_dir is None:
+        return None
+    parent = Path(cfg.run_dir).expanduser().absolute()
+    is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return parent / job_folder() if is_sweep else parent
 
 
 def compose_raw(overrides: list[str], config_name: str = "train", *, hydra: bool = False) -> DictConfig:

@@ -99,9 +99,14 @@ def phase_patterns(cfg: DictConfig, phases: list[PhaseConfig]) -> list[list]:
 
 
 def check_device(cfg: DictConfig, device: torch.device, precision: str) -> None:
-    """ConfigError where the model asks for kernels that cannot run on a device in a precision, "fp32" or "bf16"."""
+    """`check_kernels` of the model of a run."""
     with torch.device("meta"):
         model = build_model(cfg)
+    check_kernels(model, device, precision)
+
+
+def check_kernels(model: Any, device: torch.device, precision: str) -> None:
+    """ConfigError where a model asks for kernels that cannot run on a device in a precision, "fp32" or "bf16"."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
         model.check_device(device, dtype)
@@ -110,18 +115,15 @@ def check_device(cfg: DictConfig, device: torch.device, precision: str) -> None:
 
 
 def check_against_data(cfg: DictConfig, phases: list[PhaseConfig], task: Any, world_size: int) -> None:
-    """ConfigError for a phase longer than data or model, a vocabulary too small, a batch processes cannot share."""
+    """ConfigError for a model that the task cannot use, a length they or the data cannot have, an unshareable batch."""
     with torch.device("meta"):
         model = build_model(cfg)
-    if model.vocab_size < task.vocab_size:
-        raise ConfigError(f"model.vocab_size is {model.vocab_size}, the data needs at least {task.vocab_size}")
-    check_length(model, "eval.context", cfg.eval.context)
-    most = getattr(task, "max_context", None)
-    if most is not None and cfg.eval.context > most:
-        raise ConfigError(f"eval.context is {cfg.eval.context}, the smallest split of the data has {most:,} tokens")
+    check_task(model, task)
+    check_context(model, task, "eval.context", cfg.eval.context)
     for index, phase in enumerate(phases):
         where = f"schedule.phases.{index}"
-        check_length(model, f"{where}.seq_len", phase.seq_len)
+        is_capped = phase.seq_len < cfg.schedule.phases[index].seq_len
+        check_length(model, task, "schedule.cap.seq_len" if is_capped else f"{where}.seq_len", phase.seq_len)
         if phase.seq_len > task.max_seq_len:
             raise ConfigError(
                 f"{where}.seq_len is {phase.seq_len}, the training split allows at most {task.max_seq_len}: "
@@ -133,8 +135,51 @@ def check_against_data(cfg: DictConfig, phases: list[PhaseConfig], task: Any, wo
             )
 
 
-def check_length(model: Any, key: str, seq_len: int) -> None:
-    """ConfigError where a model's position table is shorter than `seq_len` tokens, the value of `key`."""
+def check_task(model: Any, task: Any, vocab_key: str = "model.vocab_size") -> None:
+    """ConfigError where a model has another head than its task needs, too few symbols or too few token types.
+
+    vocab_key: what the user knows the model's number of symbols as.
+    """
+    needed, found = (getattr(owner, "head", None) for owner in (task, model))
+    found = found if isinstance(found, str) else None  # a character model's is a layer
+    if needed != found and None in (needed, found):
+        fault = f"needs a model with the head {needed!r}" if needed else f"has no use for the head {found!r}"
+        others = "model=roberta" if needed else "task=masked_lm or model=char_lm"
+        raise ConfigError(f"the task {task.name} {fault}, this is a {type(model).__name__}: choose {others}")
+    if needed != found:
+        order = str(task.order).lower(), str(not task.order).lower()
+        raise ConfigError(
+            f"task.order is {order[0]} and model.head is {found!r}, which do not go together: give "
+            f"model.head={needed}, or task.order={order[1]}"
+        )
+    if model.vocab_size < task.vocab_size:
+        hint = f": task.tokenizer ({task.folder}) is to be the model's own" if hasattr(task, "folder") else ""
+        raise ConfigError(f"{vocab_key} is {model.vocab_size}, the data needs at least {task.vocab_size}{hint}")
+    if getattr(task, "order", False):
+        table = model.encoder.token_type
+        num_types = 0 if table is None else table.num_embeddings
+        if num_types < 2:
+            raise ConfigError(
+                f"task.order is true, which needs two token types, this model has {num_types}: take one with two "
+                "(model.config.type_vocab_size=2 where its weights are new), or task.order=false"
+            )
+
+
+def check_context(model: Any, task: Any, key: str, context: int) -> None:
+    """ConfigError where no split can be scored in rows of `context` tokens, the value of `key`."""
+    check_length(model, task, key, context)
+    most = getattr(task, "max_context", None)
+    if most is not None and context > most:
+        raise ConfigError(f"{key} is {context}, the smallest split of the data has {most:,} tokens")
+
+
+def check_length(model: Any, task: Any, key: str, seq_len: int) -> None:
+    """ConfigError where a row of `seq_len` tokens, the value of `key`, holds no text or is longer than the model."""
+    least = getattr(task, "min_seq_len", 1)
+    if seq_len < least:
+        raise ConfigError(
+            f"{key} is {seq_len}, it must be at least {least}: a row has its special tokens and some text"
+        )
     if model.max_positions is not None and seq_len > model.max_positions:
         raise ConfigError(
             f"{key} is {seq_len}, the position table of this model has {model.max_positions} rows: give at most that, "

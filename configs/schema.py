@@ -179,8 +179,8 @@ class EvaluateConfig:
     """What `eval.py` takes; settings left null come from the run.
 
     `checkpoint`: a folder checkpoints/step-N of a run, else the newest sound one of `run_dir`; or the folder of a
-    published model, for which `task` says what it is scored in. `strict=false` loads the tensors that fit and lists the
-    others.
+    published model, for which `task` says what it is scored in, and `precision` how, as a run's. `strict=false` loads
+    the tensors that fit and lists the others.
     """
 
     run_dir: str | None = None
@@ -190,6 +190,7 @@ class EvaluateConfig:
     split: str = "test"
     protocol: str | None = None
     device: str = "auto"
+    precision: str = "auto"
     num_threads: int | None = None
     context: int | None = None
     stride: int | None = None

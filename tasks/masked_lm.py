@@ -17,7 +17,7 @@ from data.rows import TokenRows
 from data.sentence_order import SentenceOrderRows
 from data.tokens import TokenCorpus, load_tokens
 from models.tokenizer import MASK, Tokenizer, load_tokenizer
-from tasks.prediction import fill_masks
+from tasks.prediction import fill_masks, masked_ids
 
 EVALUATION_SEED = 0  # what is masked in a split is the same for every model
 SAMPLE_TOKENS, SAMPLE_EVERY = 40, 8  # of the text a finished run fills, and which of its tokens are hidden
@@ -96,6 +96,11 @@ class MaskedLMTask:
     def vocab_size(self) -> int:
         """Symbols a model must know."""
         return self.tokenizer.vocab_size
+
+    @property
+    def min_seq_len(self) -> int:
+        """The shortest row: a token and the two that frame it, or two segments and three."""
+        return 5 if self.order else 3
 
     @property
     def max_seq_len(self) -> int:
@@ -239,6 +244,10 @@ class MaskedLMTask:
         shown = [self.tokenizer.mask_id if place % SAMPLE_EVERY == 4 else token for place, token in enumerate(ids)]
         text = self.tokenizer.decode(shown).replace(self.tokenizer.fast.mask_token, MASK)
         return f"{text}\n-> {self.answer(model, text)['filled']}"
+
+    def check(self, model: Any, text: str) -> None:
+        """The DataError that `answer` would raise of a text, without asking the model."""
+        masked_ids(self.tokenizer, text, max_positions=model.max_positions)
 
     def answer(self, model: Any, text: str) -> dict[str, Any]:
         """What `predict.py` writes of one text: as `tasks.prediction.fill_masks`."""

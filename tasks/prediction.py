@@ -20,10 +20,7 @@ def fill_masks(model: Any, tokenizer: Tokenizer, text: str, *, max_positions: in
     Returns `filled`, the text with the likeliest word in each place, and `masks`: of each its best candidates as
     `token` and `probability`. Raises DataError where the text has no mask, or has more than `max_positions` tokens.
     """
-    ids = _framed(tokenizer, text, max_positions)
-    masked = [position for position, token in enumerate(ids) if token == tokenizer.mask_id]
-    if not masked:
-        raise DataError(f"there is nothing to fill: the text has no {MASK}")
+    ids, masked = masked_ids(tokenizer, text, max_positions=max_positions)
     device = next(model.parameters()).device
     positions = torch.tensor([masked], device=device)
     found = model(torch.tensor([ids], device=device), logit_positions=positions)
@@ -40,6 +37,15 @@ def fill_masks(model: Any, tokenizer: Tokenizer, text: str, *, max_positions: in
     for position, tokens in zip(masked, best.indices.tolist(), strict=True):
         ids[position] = tokens[0]
     return {"filled": tokenizer.decode(ids[1:-1]), "masks": masks}
+
+
+def masked_ids(tokenizer: Tokenizer, text: str, *, max_positions: int) -> tuple[list[int], list[int]]:
+    """(ids of a text in its frame, places of its masks); DataError as `fill_masks`."""
+    ids = _framed(tokenizer, text, max_positions)
+    masked = [position for position, token in enumerate(ids) if token == tokenizer.mask_id]
+    if not masked:
+        raise DataError(f"there is nothing to fill: the text has no {MASK}")
+    return ids, masked
 
 
 def _framed(tokenizer, text, max_positions) -> list[int]:
@@ -75,8 +81,11 @@ def label_words(model: Any, tokenizer: Tokenizer, text: str, *, max_positions: i
     return {"words": words}
 
 
-def published_answer(folder: str, *, device: Any) -> Callable[[str], dict[str, Any]]:
-    """What says of a text what the published model in a folder can: its masks filled, its label, its words' labels."""
+def published_answer(folder: str, *, device: Any) -> tuple[Callable[[str], Any], Callable[[str], dict[str, Any]]]:
+    """(check, answer) of the published model in a folder, by its head: masks filled, a label, labels of words.
+
+    `check(text)` raises the DataError that `answer(text)` would, without asking the model.
+    """
     model: Any = load_pretrained(folder).to(device)
     tokenizer = load_tokenizer(folder)
     head = published_of(model).head
@@ -86,7 +95,9 @@ def published_answer(folder: str, *, device: Any) -> Callable[[str], dict[str, A
             f"{folder} has the head {head!r}, which says nothing of one text: {', '.join(kinds)} do; the logits of "
             "all are to be had in Python, by load_pretrained"
         )
-    return partial(kinds[head], model, tokenizer, max_positions=model.encoder.max_positions)
+    answer, most = kinds[head], model.encoder.max_positions
+    check = partial(masked_ids, max_positions=most) if answer is fill_masks else partial(_framed, max_positions=most)
+    return partial(check, tokenizer), partial(answer, model, tokenizer, max_positions=most)
 
 
 def _first(ids: torch.Tensor) -> torch.Tensor:

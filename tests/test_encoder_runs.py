@@ -1,6 +1,7 @@
 """Encoders from the command line: trained, resumed, scored, asked, handed on to transformers and back."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -79,7 +80,15 @@ def test_transformers_loads_the_folder_with_the_same_outputs(finished):
 def test_score_of_the_folder_is_that_of_the_run(finished, given):
     path, _ = finished
     data, _ = given
-    ended = run_eval(f"checkpoint={path / 'pretrained'}", "task=masked_lm", *data, "context=32", "device=cpu", cwd=path)
+    ended = run_eval(
+        f"checkpoint={path / 'pretrained'}",
+        "task=masked_lm",
+        *data,
+        "context=32",
+        "device=cpu",
+        "precision=fp32",
+        cwd=path,
+    )
     assert ended.code == 0, ended.err
     scores = json.loads((path / "pretrained" / "eval" / "test-step-0.json").read_text())
     result = json.loads((path / "result.json").read_text())
@@ -88,6 +97,54 @@ def test_score_of_the_folder_is_that_of_the_run(finished, given):
     assert without.code == 2 and "say what it is scored in, as task=masked_lm" in without.err
     both = run_eval(f"run_dir={path}", "task=masked_lm", "task.tokenizer=x", cwd=path)
     assert both.code == 2 and "task is the run's own" in both.err
+    other = run_eval(f"run_dir={path}", "precision=bf16", cwd=path)
+    assert other.code == 2 and "precision is the run's own" in other.err
+    short = run_eval(f"run_dir={path}", "context=2", "device=cpu", cwd=path)
+    assert short.code == 2 and "error: context is 2, it must be at least 3" in short.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("task=text8", "the task char_lm has no use for a published model"),
+        ("task=masked_lm task.tokenizer={large}", "config.json is 330, the data needs at least"),
+        ("task=masked_lm task.order=true", "task.order is true, which needs two token types, this model has 1"),
+        ("task=masked_lm context=2", "context is 2, it must be at least 3"),
+        ("task=masked_lm context=129", "context is 129, the position table of this model has 128 rows"),
+        ("task=masked_lm precision=fp64", "precision is 'fp64', it must be one of auto, fp32, bf16"),
+    ],
+)
+def test_what_a_folder_cannot_be_scored_in_is_said(finished, given, tmp_path, change, message):
+    path, _ = finished
+    large = write_tokenizer(tmp_path, vocab_size=400)
+    words = change.format(large=large).split()
+    ended = run_eval(f"checkpoint={path / 'pretrained'}", *words, *given[0][:2], "device=cpu", cwd=tmp_path)
+    assert (ended.code, message in ended.err) == (2, True), ended.err
+
+
+def test_a_folder_is_scored_in_the_longest_rows_of_model_and_data(finished, given, tmp_path):
+    path, _ = finished
+    data, _ = given
+    command = [f"checkpoint={path / 'pretrained'}", "task=masked_lm", f"data.cache_dir={tmp_path}", "device=cpu"]
+    (tmp_path / "short.jsonl").write_text("".join(f'{{"text": "Rome lies in Italy. {n}"}}\n' for n in range(9)))
+    ended = run_eval(
+        *command, f"data.path={tmp_path / 'short.jsonl'}", "task.holdout=0.1", "precision=bf16", cwd=tmp_path
+    )
+    assert ended.code == 0, ended.err
+    result = last_score(path, tmp_path)
+    assert result["context"] < 128 and result["num_rows"] == 1 and result["precision"] == "bf16"
+    ended = run_eval(*command, *data[:1], "task.holdout=0.1", "precision=fp32", cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert last_score(path, tmp_path)["context"] == 128
+    longer = run_eval(
+        *command, f"data.path={tmp_path / 'short.jsonl'}", "task.holdout=0.1", "context=120", cwd=tmp_path
+    )
+    assert longer.code == 2 and "error: context is 120, the smallest split of the data has" in longer.err
+
+
+def last_score(path, cwd):
+    """What eval.py has written of the folder that a run ended with."""
+    return json.loads((path / "pretrained" / "eval" / "test-step-0.json").read_text())
 
 
 @pytest.mark.parametrize("source", ["run_dir={path}", "checkpoint={path}/pretrained"])
@@ -107,24 +164,68 @@ def test_masks_are_filled_from_a_run_and_from_a_folder(finished, tmp_path, sourc
     assert empty.code == 3 and "there is nothing to fill" in empty.err
 
 
+GOOD = '{"text": "Rome <mask>."}'
+
+
+@pytest.mark.parametrize("source", ["run_dir={path}", "checkpoint={path}/pretrained"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "Rome."}', "texts.jsonl:2: there is nothing to fill: the text has no <mask>"),
+        (json.dumps({"text": "<mask> " * 130}), "texts.jsonl:2: the text has"),
+        ('{"text": 5}', "texts.jsonl:2: the line must be an object with a string in the field text"),
+        ('["Rome <mask>."]', "texts.jsonl:2: the line must be an object with a string in the field text"),
+        ('{"text": "Rome', "texts.jsonl:2: the line is no JSON"),
+    ],
+)
+def test_a_text_that_cannot_be_answered_stops_the_command_before_it_writes(finished, tmp_path, source, line, message):
+    path, _ = finished
+    command = [source.format(path=path), f"input={tmp_path / 'texts.jsonl'}", "output=out.jsonl", "device=cpu"]
+    (tmp_path / "texts.jsonl").write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    refused = run_predict(*command, cwd=tmp_path)
+    assert (refused.code, message in refused.err) == (3, True), refused.err
+    assert not (tmp_path / "out.jsonl").exists()
+    (tmp_path / "texts.jsonl").write_text(f"{GOOD}\n{GOOD}\n")
+    again = run_predict(*command, cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_lines_end_where_json_ends_them_and_blank_texts_are_left_out(finished, tmp_path):
+    path, _ = finished
+    text = "Rome\u2028lies in <mask>."
+    rows = [json.dumps({"text": text}, ensure_ascii=False), "", '{"text": " \\n"}', GOOD]
+    (tmp_path / "texts.jsonl").write_text("\r\n".join(rows), encoding="utf-8")
+    command = [f"run_dir={path}", f"input={tmp_path / 'texts.jsonl'}", "output=out.jsonl", "device=cpu"]
+    ended = run_predict(*command, cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert f"left out, as there is only white space in them: {tmp_path / 'texts.jsonl'}:3" in ended.err
+    written = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["text"] for line in written if line] == [text, "Rome <mask>."]
+    blank = run_predict(f"run_dir={path}", "prompt='  '", "device=cpu", cwd=tmp_path)
+    assert blank.code == 3 and "error: prompt: there is no text, only white space" in blank.err
+
+
+def stopping(cfg):
+    """train.py, interrupted after four steps."""
+    import train
+    from training.session import Session
+
+    saved = Session.compute_gradients
+
+    def compute(self, *arguments):
+        if self.state["step"] == 4:
+            raise KeyboardInterrupt
+        return saved(self, *arguments)
+
+    Session.compute_gradients = compute
+    try:
+        train.main(cfg)
+    finally:
+        Session.compute_gradients = saved
+
+
 def test_a_stopped_run_goes_on_to_the_same_numbers(given, tmp_path):
-    def stopping(cfg):
-        import train
-        from training.session import Session
-
-        saved = Session.compute_gradients
-
-        def compute(self, *arguments):
-            if self.state["step"] == 4:
-                raise KeyboardInterrupt
-            return saved(self, *arguments)
-
-        Session.compute_gradients = compute
-        try:
-            train.main(cfg)
-        finally:
-            Session.compute_gradients = saved
-
     extra = ("train.checkpoint_every=2", "model.config.hidden_dropout_prob=0.1")
     whole = run_train(*small(given, *extra, f"run_dir={tmp_path / 'whole'}"), cwd=tmp_path)
     assert whole.code == 0, whole.err
@@ -161,6 +262,31 @@ def test_on_from_a_converted_folder(finished, given, tmp_path):
     assert changed == {"encoder.position.weight"}
     rows = (before["encoder.position.weight"] != after["encoder.position.weight"]).any(dim=1).nonzero().flatten()
     assert rows.min() == 130 and rows.max() <= 257
+
+
+def test_a_run_needs_its_source_at_the_start_alone(finished, given, tmp_path):
+    path, _ = finished
+    shutil.copytree(path / "pretrained", tmp_path / "source")
+    shape = (*phases(STEPS), "eval.context=32", "train.log_every=1", "train.checkpoint_every=2")
+    more = ("experiment=mlm_cpu_long", f"model.source={tmp_path / 'source'}", *given[0], *shape, *QUIET)
+    whole = run_train(*more, f"run_dir={tmp_path / 'whole'}", cwd=tmp_path)
+    assert whole.code == 0, whole.err
+    cut = run_train(*more, f"run_dir={tmp_path / 'cut'}", cwd=tmp_path, job=stopping)
+    assert cut.code == 130
+    shutil.rmtree(tmp_path / "source")
+    resumed = run_train(*more, f"run_dir={tmp_path / 'cut'}", cwd=tmp_path)
+    assert resumed.code == 0, resumed.err
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+        written = [tmp_path / run / "pretrained" / name for run in ("cut", "whole")]
+        assert written[0].read_bytes() == written[1].read_bytes()
+    scored = run_eval(f"run_dir={tmp_path / 'cut'}", "split=valid", "device=cpu", cwd=tmp_path)
+    assert scored.code == 0, scored.err
+    shown = run_predict(f"run_dir={tmp_path / 'cut'}", "prompt=Rome <mask>.", "device=cpu", cwd=tmp_path)
+    assert shown.code == 0 and "mask 1: " in shown.out, shown.err
+    # what was never started has nothing to go on with
+    new = run_train(*more, f"run_dir={tmp_path / 'new'}", cwd=tmp_path)
+    assert new.code == 4 and f"{tmp_path / 'source'} is no folder" in new.err
 
 
 def test_nystromformer_learns_the_order_of_segments(given, tmp_path):
@@ -201,10 +327,22 @@ def test_nystromformer_learns_the_order_of_segments(given, tmp_path):
         ("data.path=/nowhere.jsonl", 3, "/nowhere.jsonl"),
         ("data.path=null", 3, "data.path is missing"),
         ("task.tokenizer=/nowhere", 4, "/nowhere is no folder with tokenizer files"),
+        ("model.head=pretraining", 2, "task.order is false and model.head is 'pretraining', which do not go together: "
+         "give model.head=masked_lm, or task.order=true"),
+        ("task.order=true", 2, "task.order is true and model.head is 'masked_lm', which do not go together: "
+         "give model.head=pretraining, or task.order=false"),
+        ("task.order=true model.head=pretraining", 2, "task.order is true, which needs two token types, this model "
+         "has 1"),
+        ("eval.context=2", 2, "eval.context is 2, it must be at least 3"),
+        ("schedule.cap.seq_len=2", 2, "schedule.cap.seq_len is 2, it must be at least 3"),
+        ("schedule.phases.0.seq_len=2", 2, "schedule.phases.0.seq_len is 2, it must be at least 3"),
+        ("task.order=true model.head=pretraining model.config.type_vocab_size=2 eval.context=4", 2,
+         "eval.context is 4, it must be at least 5"),
+        ("model.train=positions", 2, "optim.name is muon, it needs hidden weight matrices to train: give optim="),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_work_is_said_before_anything_starts(given, tmp_path, change, code, message):
-    ended = run_train(*small(given, change, f"run_dir={tmp_path / 'run'}"), cwd=tmp_path)
+    ended = run_train(*small(given, *change.split(), f"run_dir={tmp_path / 'run'}"), cwd=tmp_path)
     assert (ended.code, message in ended.err) == (code, True), ended.err
     assert not (tmp_path / "run").exists() and "Traceback" not in ended.err
 

@@ -18,6 +18,8 @@ from training.run_lock import hold, settled
 
 log = logging.getLogger(__name__)
 
+TOKENIZER = "tokenizer"  # the folder of it in that of a run
+
 
 def create_run_dir(root: str | Path, name: str) -> Path:
     """Make `<root>/<name>/<YYYY-MM-DD>_<HHMMSS>_<id>` and move the link `latest` beside it; returns its path.
@@ -39,6 +41,21 @@ def create_run_dir(root: str | Path, name: str) -> Path:
         raise RunDirError(f"no run folder can be made in {parent}: {error}. Choose another run_dir.") from error
     point_link(parent / "latest", path.name)
     return path
+
+
+def keep_tokenizer(task: Any, path: Path) -> None:
+    """Write the tokenizer of a task that has one into its run folder, so that the run needs its source no more."""
+    kept = path / TOKENIZER
+    if hasattr(type(task), "tokenizer") and task.folder != kept:
+        task.tokenizer.save(kept)
+
+
+def find_tokenizer(task: Any, path: Path | None) -> None:
+    """Have a task whose tokenizer's folder is gone take what the run folder `path`, if any, has kept of it."""
+    if path is not None and hasattr(type(task), "tokenizer"):
+        kept = path.absolute() / TOKENIZER
+        if kept.is_dir() and not task.folder.is_dir():
+            task.folder = kept
 
 
 class RunDir:

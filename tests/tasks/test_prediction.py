@@ -40,7 +40,7 @@ def ids_of(tokenizer, text):
 
 def test_a_text_gets_the_label_of_its_global_first_token(tokenizer, tmp_path):
     folder = folder_with("sequence", tokenizer, tmp_path)
-    found = published_answer(str(folder), device="cpu")(TEXT)
+    found = published_answer(str(folder), device="cpu")[1](TEXT)
     ids = ids_of(tokenizer, TEXT)
     is_global = torch.zeros_like(ids, dtype=torch.bool)
     is_global[:, 0] = True
@@ -53,7 +53,7 @@ def test_a_text_gets_the_label_of_its_global_first_token(tokenizer, tmp_path):
 
 def test_words_get_the_label_of_their_first_token(tokenizer, tmp_path):
     folder = folder_with("token", tokenizer, tmp_path)
-    found = published_answer(str(folder), device="cpu")(TEXT)["words"]
+    found = published_answer(str(folder), device="cpu")[1](TEXT)["words"]
     # byte-level BPE parts words at spaces and marks
     assert [word["word"].strip() for word in found] == ["Paris", "lies", "in", "France", "."]
     with torch.no_grad():
@@ -68,13 +68,24 @@ def test_words_get_the_label_of_their_first_token(tokenizer, tmp_path):
 @pytest.mark.parametrize("head", ["masked_lm", "pretraining"])
 def test_masks_are_filled_by_both_heads_that_know_words(head, tokenizer, tmp_path):
     folder = folder_with(head, tokenizer, tmp_path)
-    (candidates,) = published_answer(str(folder), device="cpu")("Paris lies in <mask>.")["masks"]
+    (candidates,) = published_answer(str(folder), device="cpu")[1]("Paris lies in <mask>.")["masks"]
     assert len(candidates) == 5 and candidates[0]["probability"] >= candidates[4]["probability"] > 0
 
 
 def test_other_heads_and_long_texts_are_refused(tokenizer, tmp_path):
     with pytest.raises(DataError, match="has the head 'span_qa', which says nothing of one text: masked_lm"):
         published_answer(str(folder_with("span_qa", tokenizer, tmp_path / "span")), device="cpu")
-    answer = published_answer(str(folder_with("sequence", tokenizer, tmp_path / "long")), device="cpu")
+    check, answer = published_answer(str(folder_with("sequence", tokenizer, tmp_path / "long")), device="cpu")
     with pytest.raises(DataError, match="the text has .* tokens, the position table of this model 40"):
         answer("Paris " * 60)
+    with pytest.raises(DataError, match="the text has .* tokens, the position table of this model 40"):
+        check("Paris " * 60)
+    check(TEXT)
+
+
+@pytest.mark.parametrize("head", ["masked_lm", "pretraining"])
+def test_a_text_without_a_mask_is_refused_by_the_check_alone(head, tokenizer, tmp_path):
+    check, _ = published_answer(str(folder_with(head, tokenizer, tmp_path)), device="cpu")
+    check("Paris lies in <mask>.")
+    with pytest.raises(DataError, match="there is nothing to fill: the text has no <mask>"):
+        check(TEXT)
