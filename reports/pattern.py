@@ -136,8 +136,8 @@ def main(arguments: Sequence[str]) -> None:
     phases = patterns_by_phase(config)
     if not phases or not phases[-1]:
         raise ReportError(
-            "this model has no window attention, there is no pattern to show; others are shown by name: pattern=bigbird, "
-            "pattern=nystrom"
+            "this model has no window attention, there is no pattern to show; others are shown by name, as "
+            "pattern=bigbird or pattern=nystrom"
         )
     last = len(phases) - 1
     phase = last if options["phase"] is None else whole_number(options["phase"], "phase", 0, last)
