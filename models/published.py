@@ -12,8 +12,11 @@ from models.attention.control import AttentionControl
 from models.checkpoint_files import folder_of, read_config
 from models.pretrained import build_pretrained, load_pretrained, save_pretrained
 
-# what the loss of a masked-LM head does not reach: there are no global tokens in it
-UNREACHED = ("query_global", "key_value_global", "pooler")
+# what the loss of a head does not reach: there are no global tokens in it
+UNREACHED = {
+    "masked_lm": ("query_global", "key_value_global", "pooler"),
+    "pretraining": ("query_global", "key_value_global"),
+}
 
 
 class PublishedModel(AttentionControl, nn.Module):
@@ -109,7 +112,7 @@ class PublishedModel(AttentionControl, nn.Module):
 
     def _choose_trained(self, train, first_position):
         for name, parameter in self.model.named_parameters():
-            unreached = self.head == "masked_lm" and any(part in UNREACHED for part in name.split("."))
+            unreached = any(part in UNREACHED[self.head] for part in name.split("."))
             parameter.requires_grad_(train == "all" and not unreached)
         if train == "all":
             return

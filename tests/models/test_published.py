@@ -16,6 +16,7 @@ ROBERTA = {
     "eos_token_id": 2,
 }  # fmt: skip
 LONGFORMER = {**ROBERTA, "model_type": "longformer", "attention_window": 4}
+BIG_BIRD = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1, "use_bias": True}
 IDS = torch.randint(3, 40, (2, 17), generator=torch.Generator().manual_seed(0))
 
 
@@ -80,12 +81,20 @@ def test_wrong_settings_are_refused(source, options, message):
         PublishedModel(**options)
 
 
-def test_what_the_loss_does_not_reach_is_not_trained(source):
-    model = PublishedModel(config={}, source=str(source))
-    model(IDS).sum().backward()
+@pytest.mark.parametrize("model_type", ["roberta", "longformer", "big_bird"])
+@pytest.mark.parametrize("head", ["masked_lm", "pretraining"])
+def test_what_the_loss_does_not_reach_is_not_trained(model_type, head):
+    """Several processes would wait for a gradient that never comes."""
+    model = PublishedModel(config={**LONGFORMER, **BIG_BIRD, "model_type": model_type}, head=head)
+    found = model(IDS)
+    sum(part.square().sum() for part in (found if isinstance(found, tuple) else (found,))).backward()
+    frozen = ("_global",) if head == "pretraining" else ("_global", "pooler")
     for name, parameter in model.named_parameters():
         reached = parameter.grad is not None
-        assert reached == parameter.requires_grad == ("global" not in name), name
+        assert reached == parameter.requires_grad == (not any(part in name for part in frozen)), name
+    names = {name for name, _ in model.named_parameters()}
+    assert any("_global" in name for name in names) == (model_type == "longformer")
+    assert any("pooler" in name for name in names) == (head == "pretraining" or model_type == "big_bird")
 
 
 def test_only_new_position_rows_learn():
