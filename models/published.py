@@ -65,7 +65,7 @@ class PublishedModel(AttentionControl, nn.Module):
         if options.get("source") is None:
             refuse_unknown_entries(config, {})
         if "model_type" not in config and options.get("source") is not None:
-            found = published_config(read_config(folder_of(options["source"])))
+            found = published_config(read_config(folder_of(options["source"], "config")))
             refuse_unknown_entries(config, found)
             config = {**found, **config}
         model_type(config)
