@@ -115,11 +115,11 @@ def _text_in(place: str, line: str) -> str:
 
 def shown(row: dict) -> str:
     """An answer for people."""
-    lines = [row[key] for key in ("filled", "label") if key in row]
+    lines = [str(row[key]) for key in ("filled", "label", "score") if key in row]
     for number, candidates in enumerate(row.get("masks", ()), start=1):
         said = ", ".join(f"{found['token']!r} {found['probability']:.2f}" for found in candidates)
         lines.append(f"  mask {number}: {said}")
-    lines += [f"  {label}: {share:.4f}" for label, share in row.get("probabilities", {}).items()]
+    lines += [f"  {found['label']}: {found['probability']:.4f}" for found in row.get("labels", ())]
     lines += [f"  {found['word']}: {found['label']} {found['probability']:.2f}" for found in row.get("words", ())]
     return "\n".join(lines)
 

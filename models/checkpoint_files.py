@@ -3,7 +3,7 @@
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -20,14 +20,26 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def folder_of(path_or_name: str | Path) -> Path:
-    """A folder as it is, or that of a model of the Hugging Face hub, fetched; PretrainedError for neither."""
+# what is asked of a folder: how it is called, and the files of it that are fetched
+WANTED = {
+    "model": (f"{CONFIG} and weights", (CONFIG, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json")),
+    "config": (f"{CONFIG} and weights", (CONFIG,)),
+    "tokenizer": ("tokenizer files", (CONFIG, *TOKENIZER_FILES)),
+}
+
+
+def folder_of(path_or_name: str | Path, wanted: Literal["model", "config", "tokenizer"] = "model") -> Path:
+    """A folder as it is, or that of a model of the Hugging Face hub, with what is wanted of it fetched.
+
+    PretrainedError for neither.
+    """
+    what, patterns = WANTED[wanted]
     folder = Path(path_or_name).expanduser()
     if folder.is_dir():
         return folder
     name = str(path_or_name)
     if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise PretrainedError(f"{path_or_name} is no folder with {CONFIG} and weights")
+        raise PretrainedError(f"{path_or_name} is no folder with {what}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -37,10 +49,9 @@ def folder_of(path_or_name: str | Path) -> Path:
         RepositoryNotFoundError,
     )
 
-    patterns = [CONFIG, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
     try:
-        found = Path(snapshot_download(name, allow_patterns=patterns))
-        if not any((found / file).exists() for file in WEIGHTS):
+        found = Path(snapshot_download(name, allow_patterns=list(patterns)))
+        if wanted == "model" and not any((found / file).exists() for file in WEIGHTS):
             found = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin*"]))
         return found
     except HFValidationError:

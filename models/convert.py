@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.architectures import model_type
 from models.errors import PretrainedError
 from models.pretrained import build_pretrained, load_pretrained, published_of, save_pretrained
-from models.tokenizer import load_tokenizer
+from models.tokenizer import Tokenizer, load_tokenizer
 
 SOURCES = ("bert", "roberta", "xlm-roberta")
 COPY, RANDOM = "copy", "random"
@@ -53,14 +53,17 @@ def convert(
             that gives other ids once it is written.
     """
     target = Path(target)
-    if target.exists() and any(target.iterdir()):
-        raise PretrainedError(f"{target} is there already and not empty: name a new folder")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        what = "not empty" if target.is_dir() else "no folder"
+        raise PretrainedError(f"{target} is there already and {what}: name a new folder")
     original = load_pretrained(source)
     old, folder, head = published_of(original)
     kind = model_type(old)
     if kind not in SOURCES:
         raise PretrainedError(f"{source} is a {kind}, only {', '.join(SOURCES)} are converted")
+    tokenizer = _tokenizer_of(folder)
     config = _long_config(old, to, max_positions, window, block_size, num_random_blocks, num_landmarks)
+    config |= _separator(old, tokenizer)
     model = build_pretrained(config, folder, head=head, pooler=_encoder(original).pooler is not None)
     state = _long_state(original, model, positions)
     model.load_state_dict(state)
@@ -73,24 +76,34 @@ def convert(
                 f"the converted model differs by {difference:.3g} on a short text: nothing is written"
             )
     save_pretrained(model, target)
-    _compare_tokenizers(folder, target)
+    if tokenizer is not None and _ids(load_tokenizer(target)) != _ids(tokenizer):
+        raise PretrainedError(f"the tokenizer written to {target} gives other ids than that of {folder}")
     return difference
 
 
-def _compare_tokenizers(source: Path, target: Path) -> None:
-    """PretrainedError where a sentence has other ids in the target; nothing where the source has no tokenizer."""
+def _tokenizer_of(folder: Path) -> Tokenizer | None:
     try:
-        expected = load_tokenizer(source)
+        return load_tokenizer(folder)
     except PretrainedError:
-        return  # which `save_pretrained` has said
-    if load_tokenizer(target).fast(SENTENCE)["input_ids"] != expected.fast(SENTENCE)["input_ids"]:
-        raise PretrainedError(f"the tokenizer written to {target} gives other ids than that of {source}")
+        return None  # which `save_pretrained` says
+
+
+def _ids(tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.fast(SENTENCE)["input_ids"]
+
+
+def _separator(old: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, int]:
+    """The entry for the token that ends a question: transformers has numbers of its own where there is none."""
+    known = (old.get("sep_token_id"), tokenizer and tokenizer.sep_id, old.get("eos_token_id"))
+    return next(({"sep_token_id": number} for number in known if number is not None), {})
 
 
 def _long_config(old, to, max_positions, window, block_size, num_random_blocks, num_landmarks) -> dict[str, Any]:
     config = {name: value for name, value in old.items() if name not in ("architectures", "torch_dtype", "dtype")}
     config |= {"model_type": to, "architectures": old.get("architectures")}
     if to == "longformer":
+        if old.get("pad_token_id") is None:
+            raise PretrainedError("config.json has no pad_token_id: a Longformer counts its positions by it")
         rows = max_positions + old["pad_token_id"] + 1
         return config | {"max_position_embeddings": rows, "attention_window": [2 * window] * old["num_hidden_layers"]}
     if to == "big_bird":

@@ -125,8 +125,8 @@ def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: str | Path
     architecture may read the same files as something else; one that cannot be read here goes along as it is. A head
     that no class of transformers has is in config.json as `longspan_head` and in tensors that it passes over.
 
-    model: one that `load_pretrained` gave, trained further or not. tokenizer: the folder whose tokenizer files go
-    along, by default the one that the model came from.
+    model: one that `load_pretrained` gave, trained further or not. tokenizer: the folder or hub name whose tokenizer
+    goes along, by default the folder that the model came from.
     """
     config, source, head = published_of(model)
     _refuse_dilation(config)
@@ -139,7 +139,7 @@ def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: str | Path
     named["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     named |= class_entries(model_type(config), head)
     (folder / CONFIG).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
-    files = Path(tokenizer) if tokenizer is not None else source
+    files = folder_of(tokenizer, "tokenizer") if tokenizer is not None else source
     if files.resolve() != folder.resolve():
         encoder: Any = getattr(model, "encoder", model)
         _write_tokenizer(files, folder, encoder.max_positions)

@@ -12,8 +12,11 @@ from models.attention.control import AttentionControl
 from models.checkpoint_files import folder_of, read_config
 from models.pretrained import build_pretrained, load_pretrained, save_pretrained
 
-# what the loss of a masked-LM head does not reach: there are no global tokens in it
-UNREACHED = ("query_global", "key_value_global", "pooler")
+# what the loss of a head does not reach: there are no global tokens in it
+UNREACHED = {
+    "masked_lm": ("query_global", "key_value_global", "pooler"),
+    "pretraining": ("query_global", "key_value_global"),
+}
 
 
 class PublishedModel(AttentionControl, nn.Module):
@@ -41,12 +44,16 @@ class PublishedModel(AttentionControl, nn.Module):
         checkpoint_activations: bool = False,
     ):
         super().__init__()
+        self.globals_are_copies: torch.Tensor
         config = self.complete({"config": config, "source": source})["config"]
         self.source, self.head, self.compat = source, head, compat
         folder = Path(source) if source is not None else Path()
         self.model = build_pretrained(config, folder, head=head, compat=compat)
         self.encoder.checkpoint_activations = checkpoint_activations
         self._choose_trained(train, first_position)
+        if self._global_layers():
+            # in the checkpoints of a run, as its source may be gone when it is exported
+            self.register_buffer("globals_are_copies", torch.tensor(True))
 
     @staticmethod
     def complete(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +65,7 @@ class PublishedModel(AttentionControl, nn.Module):
         if options.get("source") is None:
             refuse_unknown_entries(config, {})
         if "model_type" not in config and options.get("source") is not None:
-            found = published_config(read_config(folder_of(options["source"])))
+            found = published_config(read_config(folder_of(options["source"], "config")))
             refuse_unknown_entries(config, found)
             config = {**found, **config}
         model_type(config)
@@ -91,15 +98,18 @@ class PublishedModel(AttentionControl, nn.Module):
         own = self.model.state_dict()
         # a pooler that the source has beside its masked-LM head is of no use here
         self.model.load_state_dict({name: tensor for name, tensor in loaded.state_dict().items() if name in own})
+        if layers := self._global_layers():
+            self.globals_are_copies.fill_(all(map(are_copies, layers)))
 
     def export(self, path: str | Path, *, tokenizer: str | Path) -> None:
         """Write the model as a folder that transformers loads, with the tokenizer files of another.
 
-        Global projections have not been trained: they become copies of the local ones, as at the conversion.
+        Global projections have not been trained. Where they are new, or were copies of the local ones in the source, as
+        after a conversion, they become copies of those as trained; others, which a source learned, stay as they are.
         """
-        with torch.no_grad():
-            for layer in self.attention_layers():
-                if getattr(layer, "query_global", None) is not None:
+        if (layers := self._global_layers()) and self.globals_are_copies:
+            with torch.no_grad():
+                for layer in layers:
                     copy_to_global(layer)
         save_pretrained(self.model, path, tokenizer=tokenizer)
 
@@ -107,9 +117,13 @@ class PublishedModel(AttentionControl, nn.Module):
         """As the model with its head: [B, T] -> logits."""
         return self.model(input_ids, valid, **inputs)
 
+    def _global_layers(self) -> list[Any]:
+        """Those of the attention modules that have projections for global tokens."""
+        return [layer for layer in self.attention_layers() if getattr(layer, "query_global", None) is not None]
+
     def _choose_trained(self, train, first_position):
         for name, parameter in self.model.named_parameters():
-            unreached = self.head == "masked_lm" and any(part in UNREACHED for part in name.split("."))
+            unreached = any(part in UNREACHED[self.head] for part in name.split("."))
             parameter.requires_grad_(train == "all" and not unreached)
         if train == "all":
             return
@@ -129,3 +143,13 @@ def copy_to_global(layer: Any) -> None:
         query, key, value = getattr(layer.qkv, part).chunk(3)
         getattr(layer.query_global, part).copy_(query)
         getattr(layer.key_value_global, part).copy_(torch.cat([key, value]))
+
+
+def are_copies(layer: Any) -> bool:
+    """Whether the global projections of a sliding-window layer equal its local ones."""
+    return all(
+        getattr(layer.qkv, part).equal(
+            torch.cat([getattr(layer.query_global, part), getattr(layer.key_value_global, part)])
+        )
+        for part in ("weight", "bias")
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers.models import WordPiece
 
-from models.checkpoint_files import CONFIG, read_json
+from models.checkpoint_files import CONFIG, folder_of, read_json
 from models.errors import PretrainedError
 
 # marks at the start of a token that begins a word: byte-level BPE, SentencePiece; WordPiece marks the others
@@ -96,16 +96,14 @@ class Tokenizer:
         return np.array([token is not None and token.startswith(WORD_STARTS) for token in tokens])
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in a folder: tokenizer.json, or the vocabulary files of RoBERTa or BERT.
+def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
+    """The tokenizer in a folder, or of a model of the hub: tokenizer.json, or the vocabulary files of RoBERTa or BERT.
 
     Raises PretrainedError where there is none, or where it has no mask, start, end or padding token.
     """
     from models.hf import fast_tokenizer
 
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise PretrainedError(f"{folder} is no folder with tokenizer files")
+    folder = folder_of(path_or_name, "tokenizer")
     fast = fast_tokenizer(folder)
     # their hint about forks concerns Python workers, which never call it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

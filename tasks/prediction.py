@@ -18,7 +18,8 @@ def fill_masks(model: Any, tokenizer: Tokenizer, text: str, *, max_positions: in
     """The likeliest words in place of the masks of a text.
 
     Returns `filled`, the text with the likeliest word in each place, and `masks`: of each its best candidates as
-    `token` and `probability`. Raises DataError where the text has no mask, or has more than `max_positions` tokens.
+    `token` and `probability`. Raises DataError where the text has no mask, or has more than `max_positions` tokens,
+    and where the probabilities are not finite.
     """
     ids, masked = masked_ids(tokenizer, text, max_positions=max_positions)
     device = next(model.parameters()).device
@@ -29,7 +30,7 @@ def fill_masks(model: Any, tokenizer: Tokenizer, text: str, *, max_positions: in
     # rows beyond the tokenizer's last id, and special tokens, are no words
     logits[:, tokenizer.vocab_size :] = -torch.inf
     logits[:, tokenizer.special_ids] = -torch.inf
-    best = logits.softmax(dim=-1).topk(SHOWN)
+    best = _finite(logits.softmax(dim=-1)).topk(SHOWN)
     masks = [
         [{"token": tokenizer.decode([token]).strip(), "probability": probability} for token, probability in pairs]
         for pairs in (zip(*row, strict=True) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True))
@@ -59,20 +60,47 @@ def _framed(tokenizer, text, max_positions) -> list[int]:
     return ids
 
 
+def _finite(shares: torch.Tensor) -> torch.Tensor:
+    """The shares themselves; DataError where the model's weights give none."""
+    if not shares.isfinite().all():
+        raise DataError("what the model gives for this text is not finite: its weights are damaged, or its run failed")
+    return shares
+
+
 @torch.no_grad()
 def label_text(model: Any, tokenizer: Tokenizer, text: str, *, max_positions: int) -> dict[str, Any]:
-    """The label of a text: `label`, and `probabilities` of all. DataError for one beyond `max_positions` tokens."""
+    """What a text is said to be, by the `problem_type` of the model's config.json, as transformers has it.
+
+    Returns, for "single_label_classification" (also where nothing is said of more than one label), `label` and
+    `labels`, of all of them `label` and `probability`, best first; for "multi_label_classification" `labels` with
+    probabilities of their own, as several may hold; for "regression" (also where nothing is said of one label)
+    `score`, the number itself, a list where there are several. Raises DataError for a text beyond `max_positions`
+    tokens, for another `problem_type`, and where the numbers are not finite.
+    """
     ids = torch.tensor([_framed(tokenizer, text, max_positions)], device=next(model.parameters()).device)
-    shares = model(ids, is_global=_first(ids))[0].float().softmax(dim=-1).tolist()
-    named = dict(sorted(zip(_labels(model, len(shares)), shares, strict=True), key=lambda pair: -pair[1]))
-    return {"label": next(iter(named)), "probabilities": named}
+    logits = _finite(model(ids, is_global=_first(ids))[0].float())  # [labels]
+    kind = published_of(model).config.get("problem_type")
+    kind = kind or ("regression" if len(logits) == 1 else "single_label_classification")
+    if kind == "regression":
+        return {"score": logits.item() if len(logits) == 1 else logits.tolist()}
+    if kind not in ("single_label_classification", "multi_label_classification"):
+        raise DataError(
+            f"problem_type in the model's config.json is {kind!r}, it must be regression, single_label_classification "
+            "or multi_label_classification"
+        )
+    shares = logits.sigmoid() if kind == "multi_label_classification" else logits.softmax(dim=-1)
+    pairs = zip(_labels(model, len(shares)), shares.tolist(), strict=True)
+    labels = [{"label": label, "probability": share} for label, share in sorted(pairs, key=lambda pair: -pair[1])]
+    if kind == "multi_label_classification":
+        return {"labels": labels}
+    return {"label": labels[0]["label"], "labels": labels}
 
 
 @torch.no_grad()
 def label_words(model: Any, tokenizer: Tokenizer, text: str, *, max_positions: int) -> dict[str, Any]:
     """The label of each word of a text, by its first token: `words`, each with `word`, `label`, `probability`."""
     ids = torch.tensor([_framed(tokenizer, text, max_positions)], device=next(model.parameters()).device)
-    shares = model(ids)[0].float().softmax(dim=-1)  # [T, labels]
+    shares = _finite(model(ids)[0].float().softmax(dim=-1))  # [T, labels]
     best, labels = shares.max(dim=-1), _labels(model, shares.shape[-1])
     words = [
         {"word": text[start:end], "label": labels[best.indices[place]], "probability": best.values[place].item()}

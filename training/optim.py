@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HEAD_NAMES = frozenset({"head", "lm_head", "classifier"})
+HEAD_NAMES = frozenset({"head", "lm_head", "classifier", "relationship"})
 # a weight whose name has one of these components is that number of matrices stacked by rows
-FUSED_PARTS = {"qkv": 3, "kv": 2}
+FUSED_PARTS = {"qkv": 3, "kv": 2, "key_value_global": 2}
 MUON_MOMENTUM = 0.95
 
 
@@ -26,8 +26,10 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     """Role of each trainable parameter by name: "embedding", "head", "matrix" or "vector"; tied ones once.
 
     "embedding": owned by nn.Embedding, also where a head shares it. "head": a weight with one of HEAD_NAMES
-    as a component of its dotted name. "matrix": any other weight of two or more dimensions whose name ends in
-    "weight". "vector": all that is left, so biases that happen to be stored as [H, D] count as vectors.
+    as a component of its dotted name, or of a layer `out` that stands beside an `encoder`, as in `models.heads`; the
+    dense layers before it are hidden ones. "matrix": any other weight of two or more dimensions that is called
+    "weight". "vector": all that is left, so biases that happen to be stored as [H, D] count as vectors, and so do the
+    taps [H, taps] of a convolution for each head.
     """
     embeddings = {
         id(parameter)
@@ -35,16 +37,19 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
+    beside_encoders = {f"{name.removesuffix('encoder')}out.weight" for name, _ in model.named_modules()
+                       if name.split(".")[-1] == "encoder"}  # fmt: skip
     roles = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in embeddings:
             roles[name] = "embedding"
-        elif parameter.ndim < 2 or not name.endswith("weight"):
+        elif parameter.ndim < 2 or name.split(".")[-1] != "weight":
             roles[name] = "vector"
         else:
-            roles[name] = "head" if HEAD_NAMES & set(name.split(".")) else "matrix"
+            is_head = HEAD_NAMES & set(name.split(".")) or name in beside_encoders
+            roles[name] = "head" if is_head else "matrix"
     return roles
 
 

@@ -103,6 +103,8 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(PretrainedError, match="is there already and not empty"):
         convert.convert(tmp_path / "long", tmp_path / "full", to="big_bird", max_positions=LONG)
+    with pytest.raises(PretrainedError, match="full/file is there already and no folder: name a new folder"):
+        convert.convert(tmp_path / "long", tmp_path / "full" / "file", to="big_bird", max_positions=LONG)
     assert convert.main([str(tmp_path / "none" / "such" / "folder"), str(tmp_path / "new"), "--to", "longformer"]) == 4
     assert "is no folder with config.json" in capsys.readouterr().err
 
@@ -174,3 +176,41 @@ def test_a_tokenizer_that_gives_other_ids_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "load_tokenizer", lambda path: load_tokenizer(short if path == short else other))
     with pytest.raises(PretrainedError, match="the tokenizer written to .*long gives other ids than that of .*short"):
         convert.convert(short, tmp_path / "long", to="longformer", max_positions=LONG, window=20)
+
+
+@pytest.mark.parametrize("to", ["longformer", "big_bird"])
+@pytest.mark.parametrize(("kind", "entry", "expected"),
+                         [("roberta", None, 2), ("bert", None, 3), ("bert", 7, 7)])  # fmt: skip
+def test_the_separator_is_that_of_the_source(kind, entry, expected, to, tmp_path):
+    """By its entry, else by its tokenizer; transformers else takes 66 for BigBird, 2 for Longformer."""
+    short = short_with_tokenizer(kind, tmp_path / "short")
+    if entry is not None:
+        path = short / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sep_token_id": entry}))
+    convert.convert(short, tmp_path / "long", to=to, max_positions=LONG, **SIZED[to])
+    assert json.loads((tmp_path / "long" / "config.json").read_text())["sep_token_id"] == expected
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "long").sep_token_id == expected
+
+
+def test_without_a_tokenizer_the_separator_is_the_end_of_a_text(tmp_path):
+    theirs("roberta", "ForQuestionAnswering").save_pretrained(tmp_path / "short")
+    convert.convert(tmp_path / "short", tmp_path / "long", to="longformer", max_positions=LONG, window=20)
+    assert json.loads((tmp_path / "long" / "config.json").read_text())["sep_token_id"] == 2
+    theirs("bert", "ForMaskedLM").save_pretrained(tmp_path / "bert")
+    convert.convert(tmp_path / "bert", tmp_path / "unknown", to="longformer", max_positions=LONG, window=20)
+    assert "sep_token_id" not in json.loads((tmp_path / "unknown" / "config.json").read_text())
+
+
+def test_questions_of_a_converted_bigbird_end_where_they_should(tmp_path):
+    short = short_with_tokenizer("roberta", tmp_path / "short")
+    options = {"to": "big_bird", "max_positions": LONG, **SIZED["big_bird"]}
+    convert.convert(short, tmp_path / "long", **options)
+    assert load_pretrained(tmp_path / "long", head="span_qa", compat="hf").question_end == 2
+
+
+def test_a_source_without_a_pad_is_named(tmp_path):
+    theirs("bert", "ForMaskedLM").save_pretrained(tmp_path / "short")
+    path = tmp_path / "short" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": None}))
+    with pytest.raises(PretrainedError, match="has no pad_token_id: a Longformer counts its positions by it"):
+        convert.convert(tmp_path / "short", tmp_path / "long", to="longformer", max_positions=LONG, window=20)

@@ -7,7 +7,7 @@ import torch
 
 from models.errors import PretrainedError
 from models.pretrained import load_pretrained, save_pretrained
-from models.published import PublishedModel
+from models.published import PublishedModel, copy_to_global
 
 ROBERTA = {
     "model_type": "roberta", "vocab_size": 40, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -16,6 +16,7 @@ ROBERTA = {
     "eos_token_id": 2,
 }  # fmt: skip
 LONGFORMER = {**ROBERTA, "model_type": "longformer", "attention_window": 4}
+BIG_BIRD = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1, "use_bias": True}
 IDS = torch.randint(3, 40, (2, 17), generator=torch.Generator().manual_seed(0))
 
 
@@ -80,12 +81,20 @@ def test_wrong_settings_are_refused(source, options, message):
         PublishedModel(**options)
 
 
-def test_what_the_loss_does_not_reach_is_not_trained(source):
-    model = PublishedModel(config={}, source=str(source))
-    model(IDS).sum().backward()
+@pytest.mark.parametrize("model_type", ["roberta", "longformer", "big_bird"])
+@pytest.mark.parametrize("head", ["masked_lm", "pretraining"])
+def test_what_the_loss_does_not_reach_is_not_trained(model_type, head):
+    """Several processes would wait for a gradient that never comes."""
+    model = PublishedModel(config={**LONGFORMER, **BIG_BIRD, "model_type": model_type}, head=head)
+    found = model(IDS)
+    sum(part.square().sum() for part in (found if isinstance(found, tuple) else (found,))).backward()
+    frozen = ("_global",) if head == "pretraining" else ("_global", "pooler")
     for name, parameter in model.named_parameters():
         reached = parameter.grad is not None
-        assert reached == parameter.requires_grad == ("global" not in name), name
+        assert reached == parameter.requires_grad == (not any(part in name for part in frozen)), name
+    names = {name for name, _ in model.named_parameters()}
+    assert any("_global" in name for name in names) == (model_type == "longformer")
+    assert any("pooler" in name for name in names) == (head == "pretraining" or model_type == "big_bird")
 
 
 def test_only_new_position_rows_learn():
@@ -106,19 +115,52 @@ def test_first_position_must_lie_in_the_table():
         PublishedModel(config=LONGFORMER, train="positions", first_position=20)
 
 
-def test_export_is_a_folder_that_loads_with_global_copies_of_the_local_weights(source, tmp_path):
-    model = PublishedModel(config={}, source=str(source))
+def global_projections(model):
+    """Weights and biases of the global projections of the last layer, queries, keys, values; and of the local ones."""
+    attention = model.encoder.layers[1].attention
+    own = [torch.cat([getattr(attention.query_global, part), getattr(attention.key_value_global, part)])
+           for part in ("weight", "bias")]  # fmt: skip
+    return own, [attention.qkv.weight, attention.qkv.bias]
+
+
+def make_copies(folder):
+    """Turn the global projections of a folder into copies of its local ones, as a conversion does."""
+    model = load_pretrained(folder)
+    with torch.no_grad():
+        for layer in model.encoder.layers:
+            copy_to_global(layer.attention)
+    save_pretrained(model, folder)
+
+
+@pytest.mark.parametrize("origin", ["new", "converted", "learned"])
+def test_export_is_a_folder_that_loads_with_the_global_weights_it_should_have(source, tmp_path, origin):
+    if origin == "converted":
+        make_copies(source)
+    options = {"config": LONGFORMER} if origin == "new" else {"config": {}, "source": str(source)}
+    torch.manual_seed(1)
+    model = PublishedModel(**options)
     model.load_source()
+    before, _ = global_projections(model)
     learn(model)
-    model.export(tmp_path / "out", tokenizer=source)
+    # a run that goes on is not told of its source again
+    resumed = PublishedModel(**options)
+    resumed.load_state_dict(model.state_dict())
+    resumed.export(tmp_path / "out", tokenizer=source)
     loaded = load_pretrained(tmp_path / "out")
     assert torch.equal(loaded(IDS), model.eval()(IDS))
-    attention = loaded.encoder.layers[1].attention
-    query, key, value = attention.qkv.weight.chunk(3)
-    assert torch.equal(attention.query_global.weight, query)
-    assert torch.equal(attention.key_value_global.weight, torch.cat([key, value]))
+    found, local = global_projections(loaded)
+    for one, two, old in zip(found, local, before, strict=True):
+        assert torch.equal(one, old if origin == "learned" else two)
+        assert not torch.equal(old, two)
     assert (tmp_path / "out" / "vocab.json").exists()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LongformerForMaskedLM"]
+
+
+def test_a_model_without_global_projections_is_exported(source, tmp_path):
+    model = PublishedModel(config=ROBERTA)
+    assert set(model.state_dict()) == {f"model.{name}" for name in model.model.state_dict()}
+    model.export(tmp_path / "out", tokenizer=source)
+    assert torch.equal(load_pretrained(tmp_path / "out")(IDS), model.eval()(IDS))
 
 
 def test_attention_is_changed_between_phases():

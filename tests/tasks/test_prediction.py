@@ -6,6 +6,7 @@ import torch
 from data.errors import DataError
 from models.pretrained import build_pretrained, load_pretrained, save_pretrained
 from models.tokenizer import load_tokenizer
+from predict import shown
 from tasks.prediction import published_answer
 from tests.corpus import write_tokenizer
 
@@ -23,9 +24,9 @@ def tokenizer(tmp_path_factory):
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def folder_with(head, tokenizer, folder):
+def folder_with(head, tokenizer, folder, **entries):
     torch.manual_seed(0)
-    model = build_pretrained(CONFIG, tokenizer, head=head)
+    model = build_pretrained({**CONFIG, **entries}, tokenizer, head=head)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -38,17 +39,67 @@ def ids_of(tokenizer, text):
     return torch.tensor([[loaded.cls_id, *loaded.encode([text])[0], loaded.sep_id]])
 
 
-def test_a_text_gets_the_label_of_its_global_first_token(tokenizer, tmp_path):
-    folder = folder_with("sequence", tokenizer, tmp_path)
-    found = published_answer(str(folder), device="cpu")[1](TEXT)
+def answer_and_logits(tokenizer, folder, **entries):
+    """What is said of the text, and the logits [labels] of a global first token."""
+    folder_with("sequence", tokenizer, folder, **entries)
     ids = ids_of(tokenizer, TEXT)
-    is_global = torch.zeros_like(ids, dtype=torch.bool)
-    is_global[:, 0] = True
     with torch.no_grad():
-        shares = load_pretrained(folder)(ids, is_global=is_global).softmax(dim=-1)[0].tolist()
-    expected = dict(zip(("no", "yes", "maybe"), shares, strict=True))
-    assert found["probabilities"] == pytest.approx(expected)
-    assert found["label"] == max(expected, key=expected.get) == next(iter(found["probabilities"]))
+        logits = load_pretrained(folder)(ids, is_global=torch.arange(ids.shape[1])[None] == 0)[0]
+    return published_answer(str(folder), device="cpu")[1](TEXT), logits
+
+
+@pytest.mark.parametrize("problem", [{}, {"problem_type": "single_label_classification"}])
+def test_a_text_gets_the_label_of_its_global_first_token(tokenizer, tmp_path, problem):
+    found, logits = answer_and_logits(tokenizer, tmp_path, **problem)
+    expected = sorted(zip(logits.softmax(dim=-1).tolist(), ("no", "yes", "maybe"), strict=True), reverse=True)
+    assert [each["label"] for each in found["labels"]] == [label for _, label in expected]
+    assert [each["probability"] for each in found["labels"]] == pytest.approx([share for share, _ in expected])
+    assert found["label"] == expected[0][1] and set(found) == {"label", "labels"}
+    assert shown(found) == "\n".join([expected[0][1], *(f"  {label}: {share:.4f}" for share, label in expected)])
+
+
+def test_labels_of_one_name_do_not_become_one(tokenizer, tmp_path):
+    names = {"0": "no", "1": "no", "2": "yes"}
+    found, logits = answer_and_logits(tokenizer, tmp_path, id2label=names)
+    assert sorted(each["label"] for each in found["labels"]) == ["no", "no", "yes"]
+    shares = [each["probability"] for each in found["labels"]]
+    assert shares == pytest.approx(sorted(logits.softmax(dim=-1).tolist(), reverse=True))
+    assert sum(shares) == pytest.approx(1.0)
+
+
+def test_of_several_labels_each_has_a_probability_of_its_own(tokenizer, tmp_path):
+    found, logits = answer_and_logits(tokenizer, tmp_path, problem_type="multi_label_classification")
+    expected = dict(zip(("no", "yes", "maybe"), logits.sigmoid().tolist(), strict=True))
+    assert set(found) == {"labels"}
+    assert {each["label"]: each["probability"] for each in found["labels"]} == pytest.approx(expected)
+    assert [each["probability"] for each in found["labels"]] == sorted(expected.values(), reverse=True)
+    assert shown(found).startswith("  ") and len(shown(found).splitlines()) == 3
+
+
+@pytest.mark.parametrize("problem", [{}, {"problem_type": "regression"}])
+def test_one_number_is_a_score(tokenizer, tmp_path, problem):
+    found, logits = answer_and_logits(tokenizer, tmp_path, num_labels=1, **problem)
+    assert found == {"score": pytest.approx(logits.item())} and shown(found) == str(found["score"])
+
+
+def test_several_numbers_are_scores(tokenizer, tmp_path):
+    found, logits = answer_and_logits(tokenizer, tmp_path, problem_type="regression")
+    assert found == {"score": pytest.approx(logits.tolist())}
+
+
+def test_another_kind_of_problem_is_refused(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="problem_type in the model's config.json is 'ranking', it must be regression"):
+        answer_and_logits(tokenizer, tmp_path, problem_type="ranking")
+
+
+@pytest.mark.parametrize("head", ["masked_lm", "pretraining", "sequence", "token"])
+def test_what_is_not_finite_is_an_error(head, tokenizer, tmp_path):
+    model = load_pretrained(folder_with(head, tokenizer, tmp_path / "sound"))
+    with torch.no_grad():
+        model.encoder.norm.weight.fill_(float("nan"))
+    save_pretrained(model, tmp_path / "broken", tokenizer=tokenizer)
+    with pytest.raises(DataError, match="what the model gives for this text is not finite"):
+        published_answer(str(tmp_path / "broken"), device="cpu")[1]("Paris lies in <mask>.")
 
 
 def test_words_get_the_label_of_their_first_token(tokenizer, tmp_path):

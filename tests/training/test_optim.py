@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.pretrained import build_pretrained
 from training import optim
 from training.optim import parameter_roles
 
@@ -65,6 +66,53 @@ def test_roles():
         "norm.bias": "vector",
         "head.weight": "head",
     }
+
+
+SIZES = {
+    "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12,
+    "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    "max_position_embeddings": 34, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1,
+    "attention_window": 4, "num_landmarks": 4, "segment_means_seq_len": 32, "conv_kernel_size": 5,
+}  # fmt: skip
+# the weights of each head that are hidden matrices, and those that give scores
+HEADS = {
+    "masked_lm": ({"dense.weight"}, set()),  # its output matrix is the embedding
+    "pretraining": ({"dense.weight", "encoder.pooler.weight"}, {"relationship.weight"}),
+    "token": (set(), {"out.weight"}),
+    "span_qa": (set(), {"out.weight"}),
+    "sequence": ({"dense.weight"}, {"out.weight"}),
+    "candidates": (set(), {"out.weight"}),
+    "retrieval": ({"up.weight"}, {"out.weight"}),
+}
+
+
+@pytest.mark.parametrize("kind", ["longformer", "nystromformer"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_roles_in_an_encoder_with_a_head(kind, head, prefix):
+    model = build_pretrained({**SIZES, "model_type": kind}, "nowhere", head=head)
+    roles = parameter_roles(nn.ModuleDict({"model": model}) if prefix else model)
+    names: dict[str, set[str]] = {}
+    for name, role in roles.items():
+        names.setdefault(role, set()).add(name.removeprefix(prefix))
+    own, heads = HEADS[head]
+    block = "encoder.layers.0"
+    parts = ["attention.qkv", "attention.out", "mlp.up", "mlp.down"]
+    parts += ["attention.query_global", "attention.key_value_global"] if kind == "longformer" else []
+    assert names["matrix"] == {f"{block}.{part}.weight" for part in parts} | own
+    assert names.get("head", set()) == heads
+    assert names["embedding"] == {f"encoder.{table}.weight" for table in ("word", "position", "token_type")}
+    taps = f"{block}.attention.conv_weight"
+    assert (taps in names["vector"]) == (kind == "nystromformer")
+
+
+def test_keys_and_values_of_global_tokens_are_two_matrices():
+    model = build_pretrained({**SIZES, "model_type": "longformer"}, "nowhere", head="masked_lm")
+    shapes = build_optimizer(model, **muon_options()).parameter_shapes()
+    attention = "muon/encoder.layers.0.attention"
+    assert shapes[f"{attention}.key_value_global.weight[0]"] == shapes[f"{attention}.qkv.weight[2]"] == [8, 8]
+    assert f"{attention}.key_value_global.weight" not in shapes
+    assert shapes[f"{attention}.query_global.weight"] == [8, 8]
 
 
 def test_a_tied_head_counts_as_the_embedding():
