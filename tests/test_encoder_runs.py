@@ -66,7 +66,7 @@ def compose_again(path):
     return [line for line in (path / "overrides.txt").read_text().splitlines() if line]
 
 
-def test_transformers_loads_the_folder_with_the_same_outputs(finished):
+def test_transformers_loads_the_folder_with_the_same_outputs(finished, given):
     transformers = pytest.importorskip("transformers")
     path, _ = finished
     theirs = transformers.RobertaForMaskedLM.from_pretrained(path / "pretrained").eval()
@@ -75,6 +75,10 @@ def test_transformers_loads_the_folder_with_the_same_outputs(finished):
         expected = theirs(ids).logits
         assert torch.allclose(load_pretrained(path / "pretrained")(ids), expected, atol=1e-5)
     assert (path / "pretrained" / "vocab.json").exists()
+    text = "Rome <mask> in Italy, 1 day from Wien."
+    found = transformers.AutoTokenizer.from_pretrained(path / "pretrained")(text)["input_ids"]
+    ours = load_tokenizer(given[1])
+    assert found == [ours.cls_id, *ours.encode([text])[0], ours.sep_id]
 
 
 def test_score_of_the_folder_is_that_of_the_run(finished, given):
