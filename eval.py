@@ -1,8 +1,10 @@
 """Score a trained run: python eval.py run_dir=DIR|checkpoint=PATH [split=test] [share=…] [protocol=…].
 
-A published model, a folder with its config.json: python eval.py checkpoint=FOLDER task=NAME data.path=….
+A published model, a folder with its config.json: python eval.py checkpoint=FOLDER task=NAME data.path=… [output=DIR].
 """
 
+import hashlib
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ SAID = ("share", "num_characters", "num_tokens", "protocol", "context")
 class OpenedRun:
     """A run folder with one of its checkpoints in memory: `config` as it was run, `state` as it was saved.
 
-    Of a published model `path` and `checkpoint` are its folder.
+    Of a published model `checkpoint` is its folder and `path` that of the result.
     """
 
     path: Path
@@ -102,18 +104,41 @@ def open_published(cfg, *, device: Any) -> OpenedRun:
     check_task(model, task, vocab_key=f"vocab_size of {path / 'config.json'}")
     precision = resolve_precision(cfg.precision, device)
     check_kernels(model, device, precision)
+    output = make_output(cfg.output, path)
     model.load_source()
     # the longest rows that the model takes and the data has, unless others are asked for
     evaluation = EvalConfig(context=min(model.max_positions, task.max_context))
     config = OmegaConf.create({"task": OmegaConf.to_container(cfg.task), "eval": vars(evaluation)})
-    return OpenedRun(path, config, path, {"step": 0}, task, model.to(device).eval(), precision)
+    return OpenedRun(output, config, path, {"step": 0}, task, model.to(device).eval(), precision)
+
+
+def short_name(folder: Path) -> str:
+    """The name of a folder with eight letters by where it lies: exports of many runs have one name."""
+    place = folder.resolve()
+    return f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+
+
+def make_output(output: str | None, model: Path) -> Path:
+    """The folder for the score of a published model: `output`, or one in runs/eval; ConfigError where it is no use."""
+    from configs.schema import ConfigError
+
+    folder = Path("runs", "eval", short_name(model)) if output is None else Path(output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"the score cannot be written to {folder}: {error.strerror}. Name another folder with output=DIR"
+        ) from None
+    return folder
 
 
 def refuse_published_keys(cfg) -> None:
     """ConfigError for a key of published models alone."""
     from configs.schema import ConfigError, EvaluateConfig
 
-    for key in ("task", "precision"):
+    for key in ("task", "precision", "output"):
         if cfg[key] != getattr(EvaluateConfig, key):
             raise ConfigError(f"{key} is the run's own: leave it out, it is for the folder of a published model")
 
@@ -136,6 +161,8 @@ def _run_of(checkpoint: Path) -> Path:
 def main(cfg) -> None:
     """The task's official score of a checkpoint; printed and written to `eval/<split>-step-N.json` of its run.
 
+    That of a published model is written to `output`.
+
     Raises NumericsError, when it is written, for a score that is not finite.
     """
     from configs.phases import check_context
@@ -155,7 +182,8 @@ def main(cfg) -> None:
             chosen = dist.broadcast_object(None if newest is None else str(newest))
             return None if chosen is None else Path(chosen)
 
-        if is_published(cfg.checkpoint):
+        published = is_published(cfg.checkpoint)
+        if published:
             run = open_published(cfg, device=dist.device)
         else:
             refuse_published_keys(cfg)
@@ -177,11 +205,11 @@ def main(cfg) -> None:
             check_same_data(run.state["data"], task.fingerprint, str(run.checkpoint))
         show = print if dist.is_main else lambda line: None
         scores = evaluate(task, run.model, cfg.split, dist=dist, precision=run.precision, settings=settings, show=show)
-        result = {"step": step, **scores}
+        result = {"step": step, **scores, **({"model": short_name(run.checkpoint)} if published else {})}
         if dist.is_main:
             if cfg.split != "train":
                 result["baselines"] = task.baselines(cfg.split, settings["share"])
-            path, kept = write_evaluation(RunDir(run.path), result)
+            path, kept = write_evaluation(RunDir(run.path), result, below="" if published else "eval")
             how = ", ".join(f"{key} {result[key]}" for key in SAID if key in result)
             score = f"{cfg.split} {task.metric} {result[task.metric]!r} at step {step:,}"
             also = f"; what was there has other settings and is kept as {kept.name}" if kept else ""

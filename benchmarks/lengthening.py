@@ -53,8 +53,10 @@ def converted(source: Path, target: Path, arguments: list[str]) -> Row:
     if not (target / "config.json").is_file():
         sizes = ["--to", "longformer", "--max-positions", SHORT * TIMES, "--window", WINDOW]
         call("-m", ["models.convert", source, target, *sizes, "--positions", target.name])
-    call("eval.py", [f"checkpoint={target}", "task=masked_lm", f"context={SHORT * TIMES}", *arguments])
-    result = json.loads((target / "eval" / "test-step-0.json").read_text(encoding="utf-8"))
+    scores = target.with_name(f"{target.name}_score")
+    score = ["task=masked_lm", f"context={SHORT * TIMES}", f"output={scores}"]
+    call("eval.py", [f"checkpoint={target}", *score, *arguments])
+    result = json.loads((scores / "test-step-0.json").read_text(encoding="utf-8"))
     return row_of(target.name, result, 0, 0.0)
 
 

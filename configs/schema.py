@@ -179,12 +179,13 @@ class EvaluateConfig:
     """What `eval.py` takes; settings left null come from the run.
 
     `checkpoint`: a folder checkpoints/step-N of a run, else the newest sound one of `run_dir`; or the folder of a
-    published model, for which `task` says what it is scored in, and `precision` how, as a run's. `strict=false` loads
-    the tensors that fit and lists the others.
+    published model, for which `task` says what it is scored in, and `precision` how, as a run's, and `output` the
+    folder of the result (default: one in runs/eval). `strict=false` loads the tensors that fit and lists the others.
     """
 
     run_dir: str | None = None
     checkpoint: str | None = None
+    output: str | None = None
     task: Any = None
     strict: bool = True
     split: str = "test"

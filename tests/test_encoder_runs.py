@@ -66,7 +66,7 @@ def compose_again(path):
     return [line for line in (path / "overrides.txt").read_text().splitlines() if line]
 
 
-def test_transformers_loads_the_folder_with_the_same_outputs(finished):
+def test_transformers_loads_the_folder_with_the_same_outputs(finished, given):
     transformers = pytest.importorskip("transformers")
     path, _ = finished
     theirs = transformers.RobertaForMaskedLM.from_pretrained(path / "pretrained").eval()
@@ -75,6 +75,10 @@ def test_transformers_loads_the_folder_with_the_same_outputs(finished):
         expected = theirs(ids).logits
         assert torch.allclose(load_pretrained(path / "pretrained")(ids), expected, atol=1e-5)
     assert (path / "pretrained" / "vocab.json").exists()
+    text = "Rome <mask> in Italy, 1 day from Wien."
+    found = transformers.AutoTokenizer.from_pretrained(path / "pretrained")(text)["input_ids"]
+    ours = load_tokenizer(given[1])
+    assert found == [ours.cls_id, *ours.encode([text])[0], ours.sep_id]
 
 
 def test_score_of_the_folder_is_that_of_the_run(finished, given):
@@ -90,7 +94,8 @@ def test_score_of_the_folder_is_that_of_the_run(finished, given):
         cwd=path,
     )
     assert ended.code == 0, ended.err
-    scores = json.loads((path / "pretrained" / "eval" / "test-step-0.json").read_text())
+    assert not (path / "pretrained" / "eval").exists()
+    scores = last_score(path)
     result = json.loads((path / "result.json").read_text())
     assert scores["bits_per_token"] == pytest.approx(result["bits_per_token"], rel=1e-6)
     without = run_eval(f"checkpoint={path / 'pretrained'}", *data[:2], cwd=path)
@@ -131,20 +136,44 @@ def test_a_folder_is_scored_in_the_longest_rows_of_model_and_data(finished, give
         *command, f"data.path={tmp_path / 'short.jsonl'}", "task.holdout=0.1", "precision=bf16", cwd=tmp_path
     )
     assert ended.code == 0, ended.err
-    result = last_score(path, tmp_path)
+    result = last_score(tmp_path)
     assert result["context"] < 128 and result["num_rows"] == 1 and result["precision"] == "bf16"
     ended = run_eval(*command, *data[:1], "task.holdout=0.1", "precision=fp32", cwd=tmp_path)
     assert ended.code == 0, ended.err
-    assert last_score(path, tmp_path)["context"] == 128
+    assert last_score(tmp_path)["context"] == 128
     longer = run_eval(
         *command, f"data.path={tmp_path / 'short.jsonl'}", "task.holdout=0.1", "context=120", cwd=tmp_path
     )
     assert longer.code == 2 and "error: context is 120, the smallest split of the data has" in longer.err
 
 
-def last_score(path, cwd):
-    """What eval.py has written of the folder that a run ended with."""
-    return json.loads((path / "pretrained" / "eval" / "test-step-0.json").read_text())
+def last_score(cwd):
+    """What eval.py, run in the folder `cwd`, has written of the only published folder scored there."""
+    (file,) = (cwd / "runs" / "eval").glob("pretrained-*/test-step-0.json")
+    return json.loads(file.read_text())
+
+
+def test_the_score_of_a_folder_goes_where_it_can_be_written(finished, given, tmp_path):
+    path, _ = finished
+    before = sorted((path / "pretrained").iterdir())
+    shutil.copytree(path / "pretrained", tmp_path / "pretrained")
+    data = [*given[0], "task=masked_lm", "device=cpu", "share=0.1"]
+    for folder in (path / "pretrained", tmp_path / "pretrained"):
+        ended = run_eval(f"checkpoint={folder}", *data, cwd=tmp_path)
+        assert ended.code == 0, ended.err
+    # of one name, yet not one result
+    assert len(list((tmp_path / "runs" / "eval").glob("pretrained-*/test-step-0.json"))) == 2
+    for folder in (path / "pretrained", tmp_path / "pretrained"):
+        ended = run_eval(f"checkpoint={folder}", *data, f"output={tmp_path / 'scores'}", cwd=tmp_path)
+        assert ended.code == 0 and f"-> {tmp_path / 'scores' / 'test-step-0.json'}" in ended.out, ended.err
+    assert "is kept as test-step-0,model=pretrained-" in ended.out
+    assert len(list((tmp_path / "scores").iterdir())) == 2
+    assert sorted((path / "pretrained").iterdir()) == before
+    (tmp_path / "file").touch()
+    refused = run_eval(f"checkpoint={path / 'pretrained'}", *data, "output=file", cwd=tmp_path)
+    assert refused.code == 2 and "the score cannot be written to file: File exists" in refused.err
+    own = run_eval(f"run_dir={path}", "output=scores", cwd=tmp_path)
+    assert own.code == 2 and "output is the run's own" in own.err
 
 
 @pytest.mark.parametrize("source", ["run_dir={path}", "checkpoint={path}/pretrained"])

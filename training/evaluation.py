@@ -16,7 +16,7 @@ from training.run_dir import RunDir
 
 REPORT_EVERY_S = 5.0
 # what a score depends on beside the checkpoint and the data
-SETTINGS = ("share", "protocol", "context", "stride", "window_cut_to", "precision", "device")
+SETTINGS = ("model", "share", "protocol", "context", "stride", "window_cut_to", "precision", "device")
 
 
 def evaluate(
@@ -63,13 +63,13 @@ def evaluate(
     }
 
 
-def write_evaluation(folder: RunDir, result: Mapping[str, Any]) -> tuple[Path, Path | None]:
-    """Write `result` to `eval/<split>-step-N.json` of a run folder, by its `split` and `step`.
+def write_evaluation(folder: RunDir, result: Mapping[str, Any], *, below: str = "eval") -> tuple[Path, Path | None]:
+    """Write `result` to `<below>/<split>-step-N.json` of a run folder, by its `split` and `step`.
 
     A result there of the same SETTINGS is replaced, one of others is kept beside it under a name that says them.
     Returns the path written, and that of the result kept, if any.
     """
-    path = folder.path / "eval" / f"{result['split']}-step-{result['step']}.json"
+    path = folder.path / below / f"{result['split']}-step-{result['step']}.json"
     kept = None
     if path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")

@@ -46,6 +46,8 @@ def test_the_command_trains_converts_and_scores(tmp_path, monkeypatch, capsys):
     assert [int(row["context"]) for row in rows] == [128, 1024, 1024, 1024, 1024]
     assert [int(row["steps"]) for row in rows] == [4, 0, 0, 4, 4]
     assert all(float(row["bits_per_token"]) > 0 and row["git_commit"] for row in rows)
+    assert sorted(path.name for path in (tmp_path / "runs").glob("*_score/*")) == ["test-step-0.json"] * 2
+    assert not (tmp_path / "runs" / "copy" / "eval").exists()
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in lengthening.NAMES.values())
     # all of it is there: nothing is trained again, and the numbers are the same
