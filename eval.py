@@ -88,7 +88,10 @@ def open_published(cfg, *, device: Any) -> OpenedRun:
 
     from configs.phases import check_kernels, check_task
     from configs.schema import ConfigError, DataConfig, EvalConfig, build
+    from models.architectures import published_config
+    from models.checkpoint_files import read_config
     from models.published import PublishedModel
+    from models.published_heads import TOKEN_PREDICTION, head_of
     from training.precision import resolve_precision
 
     path = Path(cfg.checkpoint).expanduser()
@@ -100,6 +103,9 @@ def open_published(cfg, *, device: Any) -> OpenedRun:
     task = build(cfg.task, "task", data=data)
     if not hasattr(task, "head"):
         raise ConfigError(f"the task {task.name} has no use for a published model: score {path} in task=masked_lm")
+    found = head_of(published_config(read_config(path)))
+    if found not in TOKEN_PREDICTION:
+        raise ConfigError(f"checkpoint={path} holds a model with the head {found!r}: it was never trained on words")
     model = PublishedModel(config={}, source=str(path), head=task.head)
     check_task(model, task, vocab_key=f"vocab_size of {path / 'config.json'}")
     precision = resolve_precision(cfg.precision, device)

@@ -383,7 +383,6 @@ def finish(session) -> None:
         if hasattr(session.model, "export"):
             folder = session.folder.path / "pretrained"
             session.model.export(folder, tokenizer=session.task.folder)
-            session.task.tokenizer.save(folder)
             session.progress.message(f"the model as transformers loads it: {folder}")
     check_score(result, session.task.metric, session.folder.path)  # the main process has done so before its report
 

@@ -118,8 +118,14 @@ def check_against_data(cfg: DictConfig, phases: list[PhaseConfig], task: Any, wo
     """ConfigError for a model that the task cannot use, a length they or the data cannot have, an unshareable batch."""
     with torch.device("meta"):
         model = build_model(cfg)
-    check_task(model, task)
+    check_task(model, task, "model.config.vocab_size" if "config" in cfg.model else "model.vocab_size")
     check_context(model, task, "eval.context", cfg.eval.context)
+    first = getattr(model, "first_position", 0)
+    if max(phase.seq_len for phase in phases) <= first:
+        raise ConfigError(
+            f"model.first_position is {first}, and no phase has rows longer than {first} tokens: nothing would be "
+            "trained"
+        )
     for index, phase in enumerate(phases):
         where = f"schedule.phases.{index}"
         is_capped = phase.seq_len < cfg.schedule.phases[index].seq_len

@@ -117,6 +117,7 @@ def _read_file(path):
     if not path.exists():
         raise PretrainedError(f"{path} is missing: the index names it")
     try:
+        path.open("rb").close()  # what may not be read is not missing, as the library would have it
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -129,6 +130,8 @@ def _read_file(path):
             f"{path} is a pickle that holds more than tensors and is refused, as loading it would run code "
             f"({first_line(error)})"
         ) from None
+    except OSError as error:
+        raise PretrainedError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # bytes that are anything: no one class of errors
         raise PretrainedError(f"{path} is damaged ({first_line(error)}): copy or download it again") from None
     if not isinstance(found, dict):

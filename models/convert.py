@@ -64,7 +64,7 @@ def convert(
     tokenizer = _tokenizer_of(folder)
     config = _long_config(old, to, max_positions, window, block_size, num_random_blocks, num_landmarks)
     config |= _separator(old, tokenizer)
-    model = build_pretrained(config, folder, head=head, pooler=_encoder(original).pooler is not None)
+    model = build_pretrained(config, folder, head=head, pooler=_encoder(original).pooler is not None).eval()
     state = _long_state(original, model, positions)
     model.load_state_dict(state)
     difference = 0.0

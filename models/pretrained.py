@@ -131,14 +131,19 @@ def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: str | Path
     config, source, head = published_of(model)
     _refuse_dilation(config)
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
-    save_file(published_tensors(model, state), folder / WEIGHTS[0], metadata={"format": "pt"})
     named = {name: value for name, value in config.items() if name not in (HEAD_ENTRY, "torch_dtype")}
     # transformers takes weights into the type that is named here
     named["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     named |= class_entries(model_type(config), head)
-    (folder / CONFIG).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise PretrainedError(f"{folder} cannot be written: {error.strerror}") from None
+    save_file(published_tensors(model, state), folder / WEIGHTS[0], metadata={"format": "pt"})
+    # that library leaves its files to their owner alone
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS[0])
     files = folder_of(tokenizer, "tokenizer") if tokenizer is not None else source
     if files.resolve() != folder.resolve():
         encoder: Any = getattr(model, "encoder", model)
@@ -155,7 +160,7 @@ def _write_tokenizer(files: Path, folder: Path, max_positions: int) -> None:
         log.warning("%s: no tokenizer is written, %s holds none", folder, files)
         return
     for name in names:
-        shutil.copy(files / name, folder / name)
+        shutil.copyfile(files / name, folder / name)
     try:
         load_tokenizer(files).save(folder, max_positions=max_positions)
     except PretrainedError as error:

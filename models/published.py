@@ -50,6 +50,7 @@ class PublishedModel(AttentionControl, nn.Module):
         folder = Path(source) if source is not None else Path()
         self.model = build_pretrained(config, folder, head=head, compat=compat)
         self.encoder.checkpoint_activations = checkpoint_activations
+        self.first_position = first_position if train == "positions" else 0
         self._choose_trained(train, first_position)
         if self._global_layers():
             # in the checkpoints of a run, as its source may be gone when it is exported

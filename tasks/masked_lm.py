@@ -27,7 +27,7 @@ class MaskedLMTask:
     """Hidden tokens of a corpus told from those around them.
 
     Args:
-        tokenizer: a folder with the tokenizer files of the model, such as the one its weights come from.
+        tokenizer: a folder or hub name with the tokenizer of the model, such as the one its weights come from.
         data: `path`, `cache_dir` and `workers` of the run's data node; path as `data.documents.read_documents` has it.
         rate: share of the tokens that is hidden (80 % masked, 10 % replaced, 10 % left as they are).
         whole_words: hide words, not tokens.

@@ -291,6 +291,8 @@ def test_on_from_a_converted_folder(finished, given, tmp_path):
     assert changed == {"encoder.position.weight"}
     rows = (before["encoder.position.weight"] != after["encoder.position.weight"]).any(dim=1).nonzero().flatten()
     assert rows.min() == 130 and rows.max() <= 257
+    nothing = run_train(*more, "model.train=positions", "model.first_position=128", cwd=tmp_path)
+    assert nothing.code == 2 and "no phase has rows longer than 128 tokens: nothing would be trained" in nothing.err
 
 
 def test_a_run_needs_its_source_at_the_start_alone(finished, given, tmp_path):

@@ -190,3 +190,11 @@ def test_recomputed_blocks_give_the_same_gradients():
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.allclose(gradients[0][name], gradients[1][name], rtol=1e-5, atol=1e-6) for name in gradients[0])
+
+
+def test_what_is_written_may_be_read_by_others(source, tmp_path):
+    modes = {(source / name).stat().st_mode & 0o777 for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1 and modes.pop() & 0o044
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PretrainedError, match="file/below cannot be written: Not a directory"):
+        save_pretrained(PublishedModel(config=ROBERTA).model, tmp_path / "file" / "below")
