@@ -16,7 +16,7 @@ from tests.command import TINY
 EXPERIMENTS = sorted(file.stem for file in (CONFIG_DIR / "experiment").glob("*.yaml"))
 ENCODERS = [name for name in EXPERIMENTS if "mlm" in name]
 CHARACTERS = [name for name in EXPERIMENTS if name not in ENCODERS]
-FROM_SOURCE = ("longformer_mlm", "longformer_mlm_positions", "big_bird_mlm")
+FROM_SOURCE = ("longformer_mlm", "longformer_mlm_positions", "big_bird_mlm", "mlm_cpu_long")
 DEFAULT = "default"
 
 
