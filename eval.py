@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.cli import entry
 
-SAID = ("share", "num_characters", "num_tokens", "protocol", "context")
+SAID = ("share", "num_characters", "num_tokens", "protocol")
 
 
 @dataclass

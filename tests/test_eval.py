@@ -102,7 +102,7 @@ def test_a_look_with_other_settings_leaves_the_full_score_there(copy, tmp_path):
     full = evaluated(copy)
     assert "kept" not in run_eval(f"run_dir={copy}", cwd=tmp_path).out  # the same settings once more
     ended = run_eval(f"run_dir={copy}", *quick, cwd=tmp_path)
-    name = "test-step-6,share=0.2,protocol=streaming,context=256,stride=64,precision=fp32,device=cpu"
+    name = "test-step-6,share=0.2,protocol=streaming,context=96,stride=64,precision=fp32,device=cpu"
     said = f"{copy}/eval/test-step-6.json; what was there has other settings and is kept as {name}.json\n"
     assert ended.code == 0 and ended.out.endswith(said)
     assert evaluated(copy, name) == full and evaluated(copy)["share"] == 0.01
@@ -135,7 +135,7 @@ CONFIGURATION = [
     (["{run}", "context=1"], "context is 1, it must be at least 2"),
     (["{run}", "context=abc"], "context is 'abc', it must be a whole number"),
     (["{run}", "stride=600", "context=512"], "stride is 600, it must be at most context (512)"),
-    (["{run}", "stride=300"], "stride is 300, it must be at most context (256)"),
+    (["{run}", "stride=300"], "stride is 300, it must be at most context (96)"),
     (["{run}", "num_threads=0"], "num_threads is 0, it must be at least 1"),
     (["{run}", "device=gpu"], "device is 'gpu', it must be one of auto, cpu, cuda"),
     (["run_dir=no/such"], "run_dir=no/such is no run folder: it holds no config.yaml"),
