@@ -78,7 +78,7 @@ def test_transformers_loads_the_folder_with_the_same_outputs(finished, given):
     text = "Rome <mask> in Italy, 1 day from Wien."
     found = transformers.AutoTokenizer.from_pretrained(path / "pretrained")(text)["input_ids"]
     ours = load_tokenizer(given[1])
-    assert found == [ours.cls_id, *ours.encode([text])[0], ours.sep_id]
+    assert found == [ours.cls_id, *ours.encode_prompt(text), ours.sep_id]
 
 
 def test_score_of_the_folder_is_that_of_the_run(finished, given):
@@ -353,7 +353,7 @@ def test_nystromformer_learns_the_order_of_segments(given, tmp_path):
             2,
             "schedule.phases.0.seq_len is 129, the position table of this model has 128",
         ),
-        ("model.config.vocab_size=300", 2, "model.vocab_size is 300, the data needs at least 320"),
+        ("model.config.vocab_size=300", 2, "model.config.vocab_size is 300, the data needs at least 320"),
         ("model.config.hidden_sizes=3", 4, "config.json has no entry hidden_sizes, did you mean hidden_size?"),
         ("data.path=/nowhere.jsonl", 3, "/nowhere.jsonl"),
         ("data.path=null", 3, "data.path is missing"),

@@ -57,7 +57,7 @@ class TestRunFolder:
             *("num_characters", "share", "context", "stride", "receptive_field", "train_seconds", "seed", "data"),
         } <= set(result)
         assert (result["task"], result["split"], result["step"], result["seed"]) == ("char_lm", "test", 3, 5)
-        assert (result["context"], result["stride"], result["share"]) == (256, 64, 0.01)
+        assert (result["context"], result["stride"], result["share"]) == (96, 64, 0.01)
         assert result["receptive_field"] == 16  # two layers of 8
         assert 0 < result["bpc"] < 9 and result["num_characters"] == 19 and result["peak_memory_bytes"] > 2**20
         assert {"gzip", "bzip2", "xz", *(f"markov_{order}" for order in range(4))} <= set(result["baselines"])

@@ -116,6 +116,8 @@ def test_wrapped_for_several_processes_it_is_the_same(tmp_path):
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(tiny_model(**options))
         loss, gradients = loss_and_gradients(wrapped, ids)
+        # the last to hold the group would wait, with the interpreter's lock, for threads of it that need that lock
+        del wrapped.reducer, wrapped.logger, wrapped.process_group
     finally:
         torch.distributed.destroy_process_group()
     assert loss.equal(expected_loss)

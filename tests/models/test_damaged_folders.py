@@ -114,7 +114,7 @@ def test_a_pickle_of_something_else_is_refused(folder, content, message):
 def test_weights_that_are_a_folder_are_named(folder):
     (folder / "model.safetensors").unlink()
     (folder / WEIGHTS).mkdir()
-    refused(folder, f"{folder / WEIGHTS} is damaged (")
+    refused(folder, f"{folder / WEIGHTS} cannot be read: Is a directory")
 
 
 @pytest.mark.fault(40)
