@@ -201,11 +201,6 @@ class MaskedLMTask:
         Up to `batch_tokens` tokens are read at a time. `reduce` sums a tensor over processes, which share the rows by
         `rank`; `progress(done, total)` counts rows of this process.
         """
-        if model.max_positions is not None and context > model.max_positions:
-            raise DataError(
-                f"context is {context}, the position table of this model has {model.max_positions} rows: give at most "
-                "that, or lengthen the model with python -m models.convert"
-            )
         device = next(model.parameters()).device
         rows = self._rows(split, seq_len=context, batch_size=1, seed=EVALUATION_SEED, shuffle=False)
         num_rows = max(1, int(share * rows.num_rows))

@@ -1,6 +1,7 @@
 """Encoders from the command line: trained, resumed, scored, asked, handed on to transformers and back."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -320,7 +321,7 @@ def test_a_run_needs_its_source_at_the_start_alone(finished, given, tmp_path):
     assert new.code == 4 and f"{tmp_path / 'source'} is no folder" in new.err
 
 
-def test_nystromformer_learns_the_order_of_segments(given, tmp_path):
+def test_a_run_with_the_order_of_segments_ends_with_its_scores_and_a_sample(given, tmp_path):
     data, tokenizer = given
     shape = (*SMALL, "model.config.num_attention_heads=2", "model.config.num_hidden_layers=2")
     shape = (*shape, "model.config.segment_means_seq_len=64", "model.config.num_landmarks=8")
@@ -329,7 +330,8 @@ def test_nystromformer_learns_the_order_of_segments(given, tmp_path):
                       f"run_dir={tmp_path / 'run'}", cwd=tmp_path)  # fmt: skip
     assert ended.code == 0, ended.err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert 0 <= result["order_accuracy"] <= 1 and result["order_loss"] > 0
+    words = result["bits_per_token"] * math.log(2)
+    assert result["order_loss"] > 0 and result["loss"] == pytest.approx(words + result["order_loss"])
     (sample,) = (tmp_path / "run" / "samples").iterdir()
     assert "<mask>" in sample.read_text() and "\n-> " in sample.read_text()
     for source in (f"run_dir={tmp_path / 'run'}", f"checkpoint={tmp_path / 'run' / 'pretrained'}"):

@@ -28,7 +28,7 @@ def keep_batch(run_dir: Path, batch: Any, facts: Mapping[str, Any], rank: int) -
         folder.mkdir(parents=True, exist_ok=True)
         parts = {"batch": batch} if isinstance(batch, Tensor) else batch.tensors()
         # cloned: rows of a larger memory would be refused by the format
-        tensors = {name: part.detach().cpu().clone() for name, part in parts.items() if isinstance(part, Tensor)}
+        tensors = {name: part.detach().cpu().clone() for name, part in parts.items()}
         save_file(tensors, folder / f"batch-rank-{rank}.safetensors")
         if rank == 0:
             write_json(folder / "facts.json", facts)

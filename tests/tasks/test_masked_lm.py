@@ -149,11 +149,6 @@ def test_documents_one_a_row(folders):
         task_of(folders, join=False, order=True)
 
 
-def test_rows_longer_than_the_model_are_refused(folders):
-    with pytest.raises(DataError, match=r"context is 65, the position table of this model has 64 rows"):
-        task_of(folders).evaluate(model_of(), "test", context=65)
-
-
 def test_longest_rows_of_the_data(folders):
     task = task_of(folders)
     longest = task.max_seq_len
